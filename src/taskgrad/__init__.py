@@ -1,0 +1,38 @@
+"""taskgrad: per-task gradient statistics during training, and batches that follow them.
+
+    tracker = taskgrad.track(model, tasks=["text", "code", "legal"], optimizer=optimizer)
+    sampler = taskgrad.AdaptiveBatchSampler(task_of_example, batch_size=64)
+
+    for batch in torch.utils.data.DataLoader(dataset, batch_sampler=sampler):
+        with tracker.batch(batch["task"]):
+            loss_fn(model(batch["x"]), batch["y"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sampler.update(tracker.report())
+"""
+
+from __future__ import annotations
+
+from . import ops
+from .capture import Capture, Probe, Unattributed, per_example, register_capture
+from .coverage import Coverage
+from .report import StepReport
+from .rows import Rows
+from .tracker import Batch, TaskGradTracker, track
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "Capture",
+    "Coverage",
+    "Probe",
+    "Rows",
+    "StepReport",
+    "TaskGradTracker",
+    "Unattributed",
+    "ops",
+    "per_example",
+    "register_capture",
+    "track",
+]

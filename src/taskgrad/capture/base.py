@@ -1,0 +1,178 @@
+"""What a layer kind has to say about itself so that its weight gradient is split by task.
+
+A captured layer runs its forward through an ``autograd.Function`` that takes over the weight gradient and returns, as the
+gradient of an unregistered leaf (the parameter's *tap*, [T + 1, dim]), the sketch of every task's part of it. Autograd then
+accumulates the statistics exactly when it accumulates ``param.grad``: over uses of a shared weight and over
+micro-batches, and not under ``autograd.grad(loss, x)``. All tensors are saved with ``save_for_backward``, which keeps the
+memory saving of activation checkpointing, and the output is returned detached, which lets in-place ops follow.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..rows import Rows
+from ..sketch import SketchMap, project
+
+
+class Unattributed(Exception):
+    """Raised by ``Capture.forward`` where the rows of this call cannot be matched with the task ids; says why."""
+
+
+class Probe:
+    """One parameter's map, and the leaf whose gradient is the per-task sketch of the parameter's gradient."""
+
+    def __init__(self, name: str, param: nn.Parameter, sketch: SketchMap, num_tasks: int, column: int) -> None:
+        self.name = name
+        self.param = param
+        self.sketch = sketch
+        self.columns = slice(column, column + sketch.dim)
+        self.seen = False
+        self._make_tap(num_tasks)
+
+    def _make_tap(self, num_tasks: int) -> None:
+        dtype = torch.float64 if self.param.dtype == torch.float64 else torch.float32
+        self.tap = torch.zeros(
+            num_tasks + 1, self.sketch.dim, dtype=dtype, device=self.param.device, requires_grad=True
+        )
+
+    def follow(self) -> None:
+        """Move to the parameter's device and dtype, where the model was moved after tracking began."""
+        dtype = torch.float64 if self.param.dtype == torch.float64 else torch.float32
+        if self.tap.device != self.param.device or self.tap.dtype != dtype:
+            self.sketch = self.sketch.to(self.param.device)
+            self._make_tap(self.tap.shape[0] - 1)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.tap, self.sketch.left, self.sketch.right
+
+
+NOTHING = (None, None, None)
+
+
+class Capture(abc.ABC):
+    """A layer kind. Subclass it, decorate it with ``register_capture(ModuleType)``, and the kind is tracked.
+
+    ``params`` names the parameters whose gradient the kind takes over.
+    """
+
+    params: ClassVar[tuple[str, ...]] = ("weight", "bias")
+
+    def refuse(self, module: nn.Module) -> str | None:
+        """Why this very module cannot be captured (an option of it, say), or ``None``."""
+        return None
+
+    @abc.abstractmethod
+    def forward(self, module: nn.Module, rows: Rows, probes: Mapping[str, Probe], *args: Any, **kwargs: Any) -> Tensor:
+        """The module's forward, with the statistics attached.
+
+        Args:
+            module: the tracked module.
+            rows: the rows of the batch, sorted by task.
+            probes: of the parameters in ``params`` that require a gradient; at least one.
+            *args, **kwargs: as the module was called.
+
+        Raises:
+            Unattributed: the rows of this call are not the rows of the batch.
+        """
+
+
+_REGISTRY: dict[type[nn.Module], Capture] = {}
+
+
+def register_capture(module_type: type[nn.Module]) -> Callable[[type[Capture]], type[Capture]]:
+    """Class decorator: use this ``Capture`` for ``module_type`` and for subclasses that do not override ``forward``."""
+
+    def register(capture: type[Capture]) -> type[Capture]:
+        _REGISTRY[module_type] = capture()
+        return capture
+
+    return register
+
+
+def find_capture(module: nn.Module) -> Capture | None:
+    """The capture of the module's kind: of its type or the nearest base that has the same ``forward``."""
+    for cls in type(module).__mro__:
+        if cls in _REGISTRY and type(module).forward is cls.forward:
+            return _REGISTRY[cls]
+    return None
+
+
+def rows_of(rows: Rows, x: Tensor, feature_dims: int = 1) -> int:
+    """Number of ids E if ``x`` [*ids.shape, ..., features] has a row block for each of them; raises Unattributed else."""
+    if not rows.match(x, feature_dims):
+        raise Unattributed(f"input of shape {tuple(x.shape)} does not start with the shape of the ids, {rows.shape}")
+    return rows.segment.shape[0]
+
+
+def refuse_double_backward() -> None:
+    """``create_graph=True`` would need gradients of the statistics."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "taskgrad does not support create_graph=True (a backward pass through the backward pass); "
+            "run that forward outside of tracker.batch()"
+        )
+
+
+def receipt_grad(receipt: Tensor) -> Tensor:
+    return torch.ones_like(receipt)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype autocast casts a product's operands to, or ``None`` where it does not act on ``x``."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+class _PerExample(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        param: Tensor,
+        order: Tensor | None,
+        offsets: Tensor,
+        entries: int,
+        receipt: Tensor,
+        tap: Tensor,
+        left: Tensor | None,
+        right: Tensor | None,
+    ) -> Tensor:
+        return param.detach().expand(entries, *param.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, order, offsets, _, receipt, _, left, right = inputs
+        ctx.save_for_backward(order, offsets, receipt, left, right)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        refuse_double_backward()
+        order, offsets, receipt, left, right = ctx.saved_tensors
+        grad = torch.ops.taskgrad.segment_sum(dy.flatten(1), order, offsets).view(-1, *dy.shape[1:])
+        return (
+            grad.sum(0).to(dy.dtype),
+            None,
+            None,
+            None,
+            receipt_grad(receipt),
+            project(grad, left, right),
+            None,
+            None,
+        )
+
+
+def per_example(param: Tensor, probe: Probe, rows: Rows) -> Tensor:
+    """``param`` once per task id: [E, *param.shape], an expanded view whose gradient is split by task.
+
+    The building block for a layer kind of your own: write its forward with the copies instead of the parameter.
+    """
+    entries = rows.segment.shape[0]
+    out = _PerExample.apply(param, rows.order, rows.offsets, entries, rows.receipt, *probe.tensors)
+    return out  # type: ignore[no-any-return]

@@ -1,0 +1,116 @@
+"""``nn.Linear``, and transformers' ``Conv1D``, which is a Linear with a transposed weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..rows import Rows
+from ..sketch import project, scaled
+from .base import (
+    NOTHING,
+    Capture,
+    Probe,
+    autocast_dtype,
+    receipt_grad,
+    refuse_double_backward,
+    register_capture,
+    rows_of,
+)
+
+
+class _Linear(torch.autograd.Function):
+    """y = x Wᵀ + b; with ``transposed`` y = x W + b. Gradients: dX = dY W, dW = Σ_t dY_tᵀ X_t, db = Σ_t Σ_{rows of t} dY."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transposed: bool,
+        entries: int,
+        order: Tensor | None,
+        offsets: Tensor,
+        receipt: Tensor,
+        w_tap: Tensor | None,
+        w_left: Tensor | None,
+        w_right: Tensor | None,
+        b_tap: Tensor | None,
+        b_left: Tensor | None,
+        b_right: Tensor | None,
+    ) -> Tensor:
+        return nn.functional.linear(x, weight.t() if transposed else weight, bias).detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, transposed, entries, order, offsets, receipt = inputs[:8]
+        w_tap, w_left, w_right, b_tap, b_left, b_right = inputs[8:]
+        ctx.save_for_backward(
+            x if w_tap is not None else None, weight, order, offsets, receipt, w_left, w_right, b_left, b_right
+        )
+        ctx.transposed, ctx.entries, ctx.has_bias = transposed, entries, bias is not None
+        ctx.track_weight, ctx.track_bias = w_tap is not None, b_tap is not None
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        refuse_double_backward()
+        x, weight, order, offsets, receipt, w_left, w_right, b_left, b_right = ctx.saved_tensors
+        dx = dw = db = w_stats = b_stats = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ (weight.t() if ctx.transposed else weight)
+        dy3 = dy.reshape(ctx.entries, -1, dy.shape[-1])
+        if ctx.track_weight:
+            x3 = x.reshape(ctx.entries, -1, x.shape[-1])
+            first, second = (x3, dy3) if ctx.transposed else (dy3, x3)
+            dw, stats = torch.ops.taskgrad.wgrad_sketch(first, second, order, offsets, w_left, w_right)
+            w_stats = scaled(stats, w_left, w_right)
+        if ctx.track_bias:
+            sums = torch.ops.taskgrad.segment_sum(_sum_rows(dy3), order, offsets)
+            db, b_stats = sums.sum(0).to(dy.dtype), project(sums, b_left, b_right)
+        none = (None,) * 4
+        return dx, dw, db, *none, receipt_grad(receipt), w_stats, None, None, b_stats, None, None
+
+
+def _sum_rows(dy: Tensor) -> Tensor:
+    """[E, M, d] to [E, d]; half precision is summed in float32."""
+    if dy.shape[1] == 1:
+        return dy[:, 0]
+    return dy.sum(1, dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32)
+
+
+@register_capture(nn.Linear)
+class LinearCapture(Capture):
+    transposed = False
+
+    def forward(self, module: nn.Module, rows: Rows, probes: Mapping[str, Probe], *args: Any, **kwargs: Any) -> Tensor:
+        x = args[0] if args else kwargs["x" if self.transposed else "input"]
+        entries = rows_of(rows, x)
+        weight, bias = module.weight, module.bias
+        dtype = autocast_dtype(x)
+        if dtype is not None:
+            # what autocast does by itself outside of a custom Function; the gradient of the cast returns to param.grad
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        rows.half |= x.dtype in (torch.bfloat16, torch.float16)
+        w_probe, b_probe = probes.get("weight"), probes.get("bias")
+        out = _Linear.apply(
+            x,
+            weight,
+            bias,
+            self.transposed,
+            entries,
+            rows.order,
+            rows.offsets,
+            rows.receipt,
+            *(NOTHING if w_probe is None else w_probe.tensors),
+            *(NOTHING if b_probe is None else b_probe.tensors),
+        )
+        return out  # type: ignore[no-any-return]
+
+
+class Conv1DCapture(LinearCapture):
+    """transformers' ``Conv1D``: weight [d_in, d_out]. Registered by ``register_transformers``, without importing it."""
+
+    transposed = True

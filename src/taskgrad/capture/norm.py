@@ -1,0 +1,266 @@
+"""``nn.LayerNorm``, ``nn.RMSNorm`` and ``nn.GroupNorm``.
+
+With x̂ the normalised input, y = γ x̂ + β: the task's gradients are the sums of dY x̂ and of dY over its rows. x̂ is computed
+again in the backward pass from the input and the saved statistics, so nothing is kept that the plain layer would not keep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.segment_sum import stat_dtype
+from ..rows import Rows
+from ..sketch import project
+from .base import (
+    NOTHING,
+    Capture,
+    Probe,
+    autocast_dtype,
+    receipt_grad,
+    refuse_double_backward,
+    register_capture,
+    rows_of,
+)
+
+
+def _stats(
+    values: Tensor | None, like: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """From per-entry gradients [E, numel] of a parameter shaped like ``like``: its gradient and its sketch per task."""
+    if values is None:
+        return None, None
+    sums = torch.ops.taskgrad.segment_sum(values, order, offsets).view(-1, *like.shape)
+    return sums.sum(0).to(like.dtype), project(sums, left, right)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        shape: list[int],
+        eps: float,
+        entries: int,
+        order: Tensor | None,
+        offsets: Tensor,
+        receipt: Tensor,
+        w_tap: Tensor | None,
+        w_left: Tensor | None,
+        w_right: Tensor | None,
+        b_tap: Tensor | None,
+        b_left: Tensor | None,
+        b_right: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, mean, rstd = torch.ops.aten.native_layer_norm(x, shape, weight, bias, eps)
+        return out.detach(), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, weight, bias, ctx.shape, _, ctx.entries, order, offsets, receipt = inputs[:9]
+        w_tap, w_left, w_right, b_tap, b_left, b_right = inputs[9:]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(
+            x, weight, bias, *output[1:], order, offsets, receipt, w_left, w_right, b_left, b_right
+        )
+        ctx.track_weight, ctx.track_bias = w_tap is not None, b_tap is not None
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+        refuse_double_backward()
+        x, weight, bias, mean, rstd, order, offsets, receipt, *maps = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            mask = [True, False, False]
+            dx = torch.ops.aten.native_layer_norm_backward(dy, x, ctx.shape, mean, rstd, weight, bias, mask)[0]
+        rows = (ctx.entries, -1, math.prod(ctx.shape))
+        w_values = b_values = None
+        if ctx.track_weight:
+            xhat = (x - mean) * rstd
+            w_values = (dy * xhat).reshape(rows).sum(1, dtype=stat_dtype(dy))
+        if ctx.track_bias:
+            b_values = dy.reshape(rows).sum(1, dtype=stat_dtype(dy))
+        dw, w_stats = _stats(w_values, weight, order, offsets, *maps[:2])
+        db, b_stats = _stats(b_values, weight, order, offsets, *maps[2:])
+        none = (None,) * 5
+        return dx, dw, db, *none, receipt_grad(receipt), w_stats, None, None, b_stats, None, None
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = γ x̂ with x̂ = x / rms(x); dX = (γ dY − x̂ mean(γ dY x̂)) / rms(x), in float32 or float64."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        dims: list[int],
+        eps: float,
+        entries: int,
+        order: Tensor | None,
+        offsets: Tensor,
+        receipt: Tensor,
+        tap: Tensor,
+        left: Tensor | None,
+        right: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        wide = x.to(stat_dtype(x))
+        rstd = torch.rsqrt(wide.square().mean(dims, keepdim=True) + eps)
+        return (wide * rstd * weight).to(x.dtype), rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, ctx.dims, _, ctx.entries, order, offsets, receipt, _, left, right = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, weight, output[1], order, offsets, receipt, left, right)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+        refuse_double_backward()
+        x, weight, rstd, order, offsets, receipt, left, right = ctx.saved_tensors
+        dy = dy.to(rstd.dtype)
+        xhat = x.to(rstd.dtype) * rstd
+        dx = None
+        if ctx.needs_input_grad[0]:
+            scaled = dy * weight
+            dx = ((scaled - xhat * (scaled * xhat).mean(ctx.dims, keepdim=True)) * rstd).to(x.dtype)
+        values = (dy * xhat).reshape(ctx.entries, -1, weight.numel()).sum(1)
+        dw, stats = _stats(values, weight, order, offsets, left, right)
+        none = (None,) * 5
+        return dx, dw, *none, receipt_grad(receipt), stats, None, None
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        groups: int,
+        eps: float,
+        order: Tensor | None,
+        offsets: Tensor,
+        receipt: Tensor,
+        w_tap: Tensor | None,
+        w_left: Tensor | None,
+        w_right: Tensor | None,
+        b_tap: Tensor | None,
+        b_left: Tensor | None,
+        b_right: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n, channels = x.shape[:2]
+        size = x[0, 0].numel()
+        x = x.contiguous()
+        out, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, n, channels, size, groups, eps)
+        return out.detach(), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, weight, _, ctx.groups, _, order, offsets, receipt = inputs[:8]
+        w_tap, w_left, w_right, b_tap, b_left, b_right = inputs[8:]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, weight, *output[1:], order, offsets, receipt, w_left, w_right, b_left, b_right)
+        ctx.track_weight, ctx.track_bias = w_tap is not None, b_tap is not None
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+        refuse_double_backward()
+        x, weight, mean, rstd, order, offsets, receipt, *maps = ctx.saved_tensors
+        x, dy = x.contiguous(), dy.contiguous()
+        n, channels = x.shape[:2]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.aten.native_group_norm_backward(
+                dy, x, mean, rstd, weight, n, channels, x[0, 0].numel(), ctx.groups, [True, False, False]
+            )[0]
+        flat = dy.reshape(n, channels, -1)
+        w_values = b_values = None
+        if ctx.track_weight:
+            grouped = x.reshape(n, ctx.groups, -1)
+            xhat = (grouped - mean.view(n, ctx.groups, 1)) * rstd.view(n, ctx.groups, 1)
+            w_values = (flat * xhat.view(n, channels, -1)).sum(2, dtype=stat_dtype(dy))
+        if ctx.track_bias:
+            b_values = flat.sum(2, dtype=stat_dtype(dy))
+        dw, w_stats = _stats(w_values, weight, order, offsets, *maps[:2])
+        db, b_stats = _stats(b_values, weight, order, offsets, *maps[2:])
+        none = (None,) * 4
+        return dx, dw, db, *none, receipt_grad(receipt), w_stats, None, None, b_stats, None, None
+
+
+def _wide(module: nn.Module, x: Tensor) -> tuple[Tensor, torch.dtype]:
+    """``x`` in the dtype the norm computes in, and the dtype of its output.
+
+    Autocast runs norms in float32 on a GPU and keeps the input's dtype on a CPU, where weight and input may differ.
+    """
+    assert isinstance(module.weight, Tensor)
+    out = torch.float32 if autocast_dtype(x) is not None and x.device.type == "cuda" else x.dtype
+    return x.to(torch.promote_types(out, module.weight.dtype)), out
+
+
+def _tensors(probes: Mapping[str, Probe]) -> tuple[Tensor | None, ...]:
+    both = (probes.get("weight"), probes.get("bias"))
+    return tuple(t for probe in both for t in (NOTHING if probe is None else probe.tensors))
+
+
+@register_capture(nn.LayerNorm)
+class LayerNormCapture(Capture):
+    def forward(self, module: nn.Module, rows: Rows, probes: Mapping[str, Probe], *args: Any, **kwargs: Any) -> Tensor:
+        assert isinstance(module, nn.LayerNorm)
+        shape = list(module.normalized_shape)
+        x = args[0] if args else kwargs["input"]
+        entries = rows_of(rows, x, len(shape))
+        wide, dtype = _wide(module, x)
+        out, _, _ = _LayerNorm.apply(
+            wide,
+            module.weight,
+            module.bias,
+            shape,
+            module.eps,
+            entries,
+            rows.order,
+            rows.offsets,
+            rows.receipt,
+            *_tensors(probes),
+        )
+        return out.to(dtype)  # type: ignore[no-any-return]
+
+
+@register_capture(nn.RMSNorm)
+class RMSNormCapture(Capture):
+    params = ("weight",)
+
+    def forward(self, module: nn.Module, rows: Rows, probes: Mapping[str, Probe], *args: Any, **kwargs: Any) -> Tensor:
+        assert isinstance(module, nn.RMSNorm)
+        x = args[0] if args else kwargs["x"]
+        dims = list(range(-len(module.normalized_shape), 0))
+        entries = rows_of(rows, x, len(dims))
+        eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+        out, _ = _RMSNorm.apply(
+            x, module.weight, dims, eps, entries, rows.order, rows.offsets, rows.receipt, *probes["weight"].tensors
+        )
+        return out  # type: ignore[no-any-return]
+
+
+@register_capture(nn.GroupNorm)
+class GroupNormCapture(Capture):
+    def forward(self, module: nn.Module, rows: Rows, probes: Mapping[str, Probe], *args: Any, **kwargs: Any) -> Tensor:
+        assert isinstance(module, nn.GroupNorm)
+        x = args[0] if args else kwargs["input"]
+        rows_of(rows, x, 2 - len(rows.shape))
+        wide, dtype = _wide(module, x)
+        out, _, _ = _GroupNorm.apply(
+            wide,
+            module.weight,
+            module.bias,
+            module.num_groups,
+            module.eps,
+            rows.order,
+            rows.offsets,
+            rows.receipt,
+            *_tensors(probes),
+        )
+        return out.to(dtype)  # type: ignore[no-any-return]

@@ -1,0 +1,68 @@
+"""Where a layer kind is put on a module: the instance's ``forward`` is replaced, and put back."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..rows import Rows
+from .base import Capture, Probe, Unattributed
+
+
+class Owner(Protocol):
+    """What a site asks of the tracker, at every call of its module."""
+
+    observer: Callable[[Site, tuple[Any, ...], dict[str, Any]], Tensor] | None
+
+    @property
+    def regrouped(self) -> bool: ...
+
+    def current_rows(self) -> Rows | None: ...
+
+
+class Site:
+    """A tracked module: its capture, its probes, and why it was left out, if it was.
+
+    The state lives here and not on the module, so copies and pickles of the module come out untracked: the replaced
+    ``forward`` of a copy sees that it is not on the module it was made for.
+    """
+
+    def __init__(self, name: str, module: nn.Module, capture: Capture, owner: Owner) -> None:
+        self.name = name
+        self.module = module
+        self.capture = capture
+        self.owner: Owner | None = owner
+        self.probes: Mapping[str, Probe] = {}
+        self.reason: str | None = None
+
+        def forward(this: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            owner = self.owner
+            if owner is None or this is not self.module:
+                return type(this).forward(this, *args, **kwargs)
+            if owner.observer is not None:
+                return owner.observer(self, args, kwargs)
+            rows = owner.current_rows()
+            if rows is None or not self.probes or self.reason is not None:
+                return type(this).forward(this, *args, **kwargs)
+            try:
+                return self.capture.forward(this, rows, self.probes, *args, **kwargs)
+            except Unattributed as error:
+                self.reason = str(error)
+                return type(this).forward(this, *args, **kwargs)
+
+        self._patched = types.MethodType(forward, module)
+        # by __dict__: nn.Module.__setattr__ has nothing to add for a method
+        module.__dict__["forward"] = self._patched
+
+    def plain(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The module's own forward."""
+        return type(self.module).forward(self.module, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def remove(self) -> None:
+        """Put the module back. A wrapper that was laid over ours since keeps working: it calls the plain forward."""
+        self.owner = None
+        if self.module.__dict__.get("forward") is self._patched:
+            del self.module.__dict__["forward"]

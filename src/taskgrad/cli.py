@@ -1,0 +1,46 @@
+"""The command line, ``taskgrad``.
+
+Each command is a module with ``add_arguments(parser)`` and ``run(args) -> exit code``, imported only when it
+was asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+
+COMMANDS = {
+    "demo": (
+        "taskgrad.study.demo",
+        "watch a small model forget rare tasks, and learn them under adaptive sampling",
+    ),
+    "doctor": ("taskgrad.doctor", "print versions, devices and which kernels are in force"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; ``argv`` defaults to the process's arguments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="taskgrad",
+        description="Per-task gradient statistics while training, and batches that follow them.",
+    )
+    parser.add_argument("--version", action="version", version=f"taskgrad {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    wanted = next((word for word in arguments if not word.startswith("-")), None)
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        if name == wanted:
+            implementation = importlib.import_module(module)
+            implementation.add_arguments(command)
+            command.set_defaults(run=implementation.run)
+    args = parser.parse_args(arguments)
+    return int(args.run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""What the numbers of a tracker are about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which trainable parameters the numbers cover.
+
+    Attributes:
+        attributed: names of the parameters whose gradient is split by task.
+        unattributed: name of every other trainable parameter, and the reason.
+        fraction: share of the trainable numbers (elements) that is attributed.
+        verified: the rows of every layer were checked by perturbation (``tracker.verify``).
+    """
+
+    attributed: tuple[str, ...]
+    unattributed: dict[str, str]
+    fraction: float
+    verified: bool
+
+    def __str__(self) -> str:
+        head = f"{self.fraction:.1%} of the trainable elements attributed, in {len(self.attributed)} parameters"
+        lines = [head + ("" if self.verified else "; rows not verified yet")]
+        lines += [f"  not attributed: {name}: {reason}" for name, reason in self.unattributed.items()]
+        return "\n".join(lines)

@@ -1,0 +1,113 @@
+"""``taskgrad doctor``: what this installation runs on, and which kernels are in force and why."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import CUDA_HOME
+
+from . import __version__
+from .ops import _native
+from .ops.sum_gram import MAX_ROWS, triton_obstacle
+
+Facts = dict[str, str | int | None]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the facts; 1 if the native kernels are demanded (``TASKGRAD_NATIVE=1``) and missing, else 0."""
+    facts, healthy = collect()
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        width = max(map(len, facts))
+        for name, value in facts.items():
+            print(f"{name:<{width}}  {'none' if value is None else value}")
+    return 0 if healthy else 1
+
+
+def collect() -> tuple[Facts, bool]:
+    """All facts by name (``None``: absent), and whether nothing that was demanded is missing.
+
+    Loads the native kernels, and so compiles them if no cached library is there.
+    """
+    try:
+        native, healthy = str(_native.status()), True
+    except (RuntimeError, ValueError) as error:
+        native, healthy = f"unavailable: {error}", False
+    compiler = os.environ.get("CXX", "c++")
+    facts: Facts = {
+        "taskgrad": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "platform": platform.platform(),
+        "cpu threads": torch.get_num_threads(),
+        "gpu": _gpu(),
+        "torch built for CUDA": torch.version.cuda,
+        "CUDA_HOME": CUDA_HOME,
+        "nvcc": _first_line("nvcc", "--version", containing="release"),
+        "compiler": _first_line(compiler, "--version"),
+        "ninja": _ninja(),
+        "sum_gram on cpu": native,
+        "sum_gram on cuda": _cuda_path(),
+    }
+    return facts, healthy
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    names = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        names.append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})")
+    return ", ".join(names)
+
+
+def _cuda_path() -> str:
+    if not torch.cuda.is_available():
+        return "not used: torch finds no GPU"
+    if reason := triton_obstacle(torch.device("cuda")):
+        return f"reference because {reason}"
+    return f"triton (reference for float64 and for more than {MAX_ROWS} tasks)"
+
+
+def _ninja() -> str | None:
+    if version := _version("ninja"):
+        return version
+    return _first_line("ninja", "--version")
+
+
+def _first_line(program: str, *arguments: str, containing: str = "") -> str | None:
+    """The program's path and the first line it prints with ``containing`` in it; None if it cannot be run."""
+    path = shutil.which(program)
+    if path is None:
+        return None
+    try:
+        output = subprocess.run(
+            [path, *arguments], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = [line.strip() for line in output.splitlines() if containing in line]
+    return f"{Path(path)}: {lines[0]}" if lines else path

@@ -1,0 +1,176 @@
+"""The tracked parameters of a model: which are captured, where their sketches lie, and which are left out, and why."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Probe, find_capture, register_transformers
+from .capture.site import Owner, Site
+from .coverage import Coverage
+from .sketch import sketch_map
+
+NOT_CALLED = "no tracked forward has called its module (or only through a function that takes the weight itself)"
+
+
+class Probes:
+    """One probe per trainable parameter of a known layer kind; their sketches side by side are K columns."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        owner: Owner,
+        num_tasks: int,
+        sketch_dim: int | None,
+        seed: int,
+        include: Callable[[str, nn.Module], bool] | None,
+    ) -> None:
+        register_transformers()
+        self.num_tasks, self.sketch_dim, self.seed = num_tasks, sketch_dim, seed
+        self.params = dict(model.named_parameters())
+        self.names = {id(p): name for name, p in self.params.items()}
+        self.reasons: dict[str, str] = {}
+        self.probes: dict[str, Probe] = {}
+        self.sites: list[Site] = []
+        self.width = 0
+        claimed: set[str] = set()
+        for path, module in model.named_modules():
+            own = {k: p for k, p in module._parameters.items() if p is not None}
+            if not own:
+                continue
+            capture = find_capture(module)
+            reason = _refusal(module, path, include) if capture is not None else None
+            if capture is None:
+                reason = f"no rule for {type(module).__name__}; taskgrad.register_capture adds one"
+            elif reason is None:
+                reason = capture.refuse(module)
+            for attr, param in own.items():
+                name = self.names[id(param)]
+                if capture is None or reason is not None or attr not in capture.params:
+                    why = reason or f"{type(module).__name__}.{attr} has no rule"
+                    self.reasons.setdefault(name, f"{path or 'the model itself'}: {why}")
+                else:
+                    claimed.add(name)
+            if capture is not None and reason is None:
+                self.sites.append(Site(path, module, capture, owner))
+        self._flags: tuple[bool, ...] = ()
+        self.refresh()
+
+    def refresh(self) -> bool:
+        """Follow parameters that were frozen, thawed or moved; True if columns were added."""
+        flags = tuple(p.requires_grad for p in self.params.values())
+        width = self.width
+        if flags != self._flags:
+            self._flags = flags
+            for site in self.sites:
+                site.probes = {
+                    attr: self._probe(site.module._parameters[attr])
+                    for attr in site.capture.params
+                    if self._usable(site.module._parameters.get(attr))
+                }
+        for probe in self.probes.values():
+            probe.follow()
+        return self.width > width
+
+    def _usable(self, param: nn.Parameter | None) -> bool:
+        return param is not None and param.requires_grad and self.names.get(id(param)) not in self.reasons
+
+    def _probe(self, param: nn.Parameter | None) -> Probe:
+        assert param is not None
+        name = self.names[id(param)]
+        if name not in self.probes:
+            sketch = sketch_map(param.shape, self.sketch_dim, self.seed, name).to(param.device)
+            self.probes[name] = Probe(name, param, sketch, self.num_tasks, self.width)
+            self.width += sketch.dim
+        return self.probes[name]
+
+    def live(self) -> list[Probe]:
+        """The probes that count: not left out, and not frozen."""
+        return [p for p in self.probes.values() if p.name not in self.reasons and p.param.requires_grad]
+
+    def drop(self, name: str, reason: str) -> None:
+        """Leave parameter ``name`` out of every number from now on, and say so once."""
+        if name in self.reasons:
+            return
+        self.reasons[name] = reason
+        self._flags = ()
+        warnings.warn(
+            f"taskgrad: {name} is left out of every number: {reason}. tracker.coverage() lists what counts.",
+            stacklevel=2,
+        )
+
+    def collect_reasons(self) -> None:
+        """Drop the parameters of modules that saw rows which are not the batch's."""
+        for site in self.sites:
+            if site.reason is not None:
+                for probe in site.probes.values():
+                    self.drop(probe.name, f"{site.name}: {site.reason}")
+        if not self._flags:
+            self.refresh()
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.probes.values())).tap.device
+
+    def take(self) -> Tensor:
+        """The step's statistics G [T + 1, K], zero where there were none; the taps are emptied."""
+        dtype = torch.float64 if any(p.tap.dtype == torch.float64 for p in self.probes.values()) else torch.float32
+        out = torch.zeros(self.num_tasks + 1, self.width, dtype=dtype, device=self.device)
+        for probe in self.probes.values():
+            if probe.tap.grad is not None:
+                probe.seen = True
+                if probe.name not in self.reasons:
+                    out[:, probe.columns] = probe.tap.grad
+                probe.tap.grad = None
+        return out
+
+    def discard(self) -> None:
+        """Forget what the taps hold."""
+        for probe in self.probes.values():
+            probe.tap.grad = None
+
+    def theta(self) -> Tensor:
+        """Sketch of the parameters themselves, [K] in float64: differences of it are sketches of updates."""
+        out = torch.zeros(self.width, dtype=torch.float64, device=self.device)
+        for probe in self.probes.values():
+            out[probe.columns] = probe.sketch(probe.param.detach().double()[None])[0]
+        return out
+
+    def versions(self) -> tuple[int, ...]:
+        """Changes whenever a parameter was written in place."""
+        return tuple(p.param._version for p in self.probes.values())
+
+    def grads_vanished(self) -> Tensor | None:
+        """Whether every tracked gradient is zero (a flag on the device), or ``None`` where every one is ``None``."""
+        grads = [p.param.grad for p in self.probes.values() if p.param.grad is not None]
+        if not grads:
+            return None
+        return torch.stack([n.double() for n in torch._foreach_norm(grads, float("inf"))]).max() == 0
+
+    def coverage(self, verified: bool) -> Coverage:
+        """What counts and what does not, over the parameters that train now."""
+        trainable = {n: p for n, p in self.params.items() if p.requires_grad}
+        missing = {n: self.reasons[n] for n in trainable if n in self.reasons}
+        for name in trainable:
+            probe = self.probes.get(name)
+            if name not in missing and (probe is None or not probe.seen):
+                missing[name] = NOT_CALLED
+        attributed = tuple(n for n in trainable if n not in missing)
+        total = sum(p.numel() for p in trainable.values())
+        covered = sum(trainable[n].numel() for n in attributed)
+        return Coverage(attributed, missing, covered / total if total else 0.0, verified)
+
+    def remove(self) -> None:
+        for site in self.sites:
+            site.remove()
+
+
+def _refusal(module: nn.Module, path: str, include: Callable[[str, nn.Module], bool] | None) -> str | None:
+    if include is not None and not include(path, module):
+        return "left out by include"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance, by another tracker or wrapper"
+    return None

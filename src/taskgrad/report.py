@@ -1,0 +1,131 @@
+"""What one step said about the tasks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sketch import SketchMap, cosine_error
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Per-task gradient statistics of one optimizer step.
+
+    Tensors are float64 on the CPU unless said otherwise, [T] where no shape is given, NaN where undefined. g_t is the part
+    of the loss gradient that flows through rows of task t, ḡ_t = g_t · Σw / Σ_{rows of t} w the task's mean gradient, m_t
+    the memory of ḡ_t before this step. In sketch mode products are estimates, see ``cosine_se``.
+
+    Attributes:
+        tasks: names of the T tasks.
+        step: steps closed so far; 0 before the first.
+        valid: False for a step that was abandoned (non-finite or vanished gradients); then the numbers are NaN and the
+            memory was left alone.
+        examples: int64, examples of the batch that hold the task.
+        tokens: summed loss weights of the task's rows (``batch(ids, weight=…)``; the number of rows without).
+        loss: weighted mean loss of the task's rows, or ``None`` if ``Batch.losses`` was not called.
+        gram: [T, T], ⟨g_s, g_t⟩.
+        cosine: [T, T], cosine of g_s and g_t.
+        others_cosine: cos(g − g_t, g_t), with ``others_cosine_mean`` and ``others_cosine_std`` over a window of
+            appearances (arXiv 2605.29548 reads any nonzero value as interference).
+        norm: ‖ḡ_t‖.
+        signal: ⟨m_t, ḡ_t⟩; at fixed parameters an unbiased estimate of ‖E ḡ_t‖².
+        memory_dot: [T, T + 1], ⟨m_t, g_s⟩; negative: s pushes against t. The last column is rest (rows of no task).
+        overwrite: ρ_t = max(0, pull_t) / own_pull_t, with its standard error ``overwrite_se``; NaN unless the denominator
+            exceeds two of its standard errors.
+        pull, own_pull: windowed means of −Σ_{s≠t}⟨m_t, g_s⟩ and of ⟨m_t, g_t⟩, over all steps.
+        own_effect, others_effect, update_effect: first-order change of the task's loss since it was last seen: by its
+            own step, by everything after it, and in all. Negative is progress.
+        gained, undone: −Σ own and Σ others over a window of appearances.
+        retention: 1 − undone / gained, with ``retention_se``; NaN where gained is under two standard errors.
+        curvature: ½⟨ḡ_t − m_t, θ_k − θ_j⟩, indicative.
+        predicted_effect: ⟨m_t, θ_{k+1} − θ_k⟩, what this step does to every task by its memory; biased in training.
+        steps_since_seen: int64, 0 if the task is in this step, −1 if it was never seen.
+    """
+
+    tasks: tuple[str, ...]
+    step: int
+    valid: bool
+    examples: Tensor
+    tokens: Tensor
+    loss: Tensor | None
+    gram: Tensor
+    cosine: Tensor
+    others_cosine: Tensor
+    others_cosine_mean: Tensor
+    others_cosine_std: Tensor
+    norm: Tensor
+    signal: Tensor
+    memory_dot: Tensor
+    overwrite: Tensor
+    overwrite_se: Tensor
+    pull: Tensor
+    own_pull: Tensor
+    own_effect: Tensor
+    others_effect: Tensor
+    update_effect: Tensor
+    gained: Tensor
+    undone: Tensor
+    retention: Tensor
+    retention_se: Tensor
+    curvature: Tensor
+    predicted_effect: Tensor
+    steps_since_seen: Tensor
+    _block: Tensor = field(repr=False, compare=False)
+    _maps: tuple[SketchMap, ...] = field(repr=False, compare=False)
+
+    @cached_property
+    def cosine_se(self) -> Tensor:
+        """[T, T], standard error of ``cosine`` due to sketching, computed when asked for; 0 in exact mode."""
+        return cosine_error(self._block, self.gram, self._maps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-able lists, ``None`` for NaN."""
+        names = [f.name for f in fields(self) if not f.name.startswith("_")]
+        return {name: _plain(getattr(self, name)) for name in [*names, "cosine_se"]}
+
+    def __str__(self) -> str:
+        width = max(len(t) for t in (*self.tasks, "task"))
+        title = f"step {self.step}" + ("" if self.valid else ", abandoned: gradients vanished or were not finite")
+        head = f"{'task':<{width}} {'rows':>6} {'norm':>9} {'signal':>9} {'overwrite':>15} {'retention':>9} {'cos others':>10} {'seen':>5}"
+        lines = [title, head]
+        for t, name in enumerate(self.tasks):
+            rho = f"{_short(self.overwrite[t])} ±{_short(self.overwrite_se[t])}"
+            seen = int(self.steps_since_seen[t])
+            lines.append(
+                f"{name:<{width}} {int(self.examples[t]):>6} {_short(self.norm[t]):>9} {_short(self.signal[t]):>9} {rho:>15} "
+                f"{_short(self.retention[t]):>9} {_short(self.others_cosine[t]):>10} {'-' if seen < 0 else f'-{seen}':>5}"
+            )
+        return "\n".join(lines)
+
+
+def _short(x: Tensor) -> str:
+    return "–" if math.isnan(float(x)) else f"{float(x):.3g}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def cosines(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """From the Gram of tasks and rest [T + 1, T + 1]: the cosine [T, T] and cos(g − g_t, g_t) [T]; NaN for zero vectors."""
+    tasks = gram.shape[0] - 1
+    square = gram.diagonal()
+    norm = torch.where(square > 0, square, torch.nan).sqrt()
+    with_all = gram.sum(1)
+    others_square = gram.sum() - 2 * with_all + square
+    # a difference of large numbers: without other rows it is rounding
+    others = torch.where(others_square > 1e-12 * gram.diagonal().sum(), others_square, torch.nan).sqrt()
+    cosine = gram / (norm[:, None] * norm[None, :])
+    return cosine[:tasks, :tasks], ((with_all - square) / (norm * others))[:tasks]

@@ -1,0 +1,88 @@
+"""Task ids of a batch, as the kernels want them: rows sorted by task, with the offsets of every task."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Rows:
+    """Which rows of a batch belong to which task. Row T (the last segment) is "rest": rows of no task.
+
+    Attributes:
+        shape: shape of the ids, (B,) or (B, S); an input is attributed where its leading dimensions equal it.
+        order: int64 [E], E = number of ids: positions sorted by task; ``None`` if the ids are sorted already.
+        offsets: int64 [T + 2] on the CPU; task t owns ``order[offsets[t]:offsets[t + 1]]``.
+        examples: int64 [T + 1], how many examples (entries of the first dimension) hold the task.
+        weight: float64 [T + 1], summed weights of the rows of the task.
+        receipt: scalar leaf; every captured layer adds 1 to its gradient, so that a gradient means that a backward
+            pass ran through this batch.
+        half: a captured layer ran in bfloat16 or float16.
+    """
+
+    def __init__(self, ids: Tensor, num_tasks: int, device: torch.device, weight: Tensor | None = None) -> None:
+        check_ids(ids, num_tasks)
+        host = ids.detach().cpu()
+        self.shape = tuple(ids.shape)
+        self.device = device
+        segment = torch.where(host < 0, num_tasks, host).reshape(-1)
+        counts = torch.bincount(segment, minlength=num_tasks + 1)
+        self.offsets = torch.zeros(num_tasks + 2, dtype=torch.int64)
+        torch.cumsum(counts, 0, out=self.offsets[1:])
+        if bool((segment[1:] >= segment[:-1]).all()):
+            self.order: Tensor | None = None
+        else:
+            self.order = torch.argsort(segment, stable=True).to(device, non_blocking=True)
+        if ids.dim() == 1:
+            self.examples = counts
+        else:
+            held = torch.zeros(ids.shape[0], num_tasks + 1, dtype=torch.int64)
+            self.examples = held.scatter_(1, segment.view(ids.shape), 1).sum(0)
+        self.segment = segment
+        if weight is None:
+            self.weight = counts.double()
+        else:
+            check_weight(weight, self.shape)
+            flat = weight.detach().cpu().double().reshape(-1)
+            self.weight = torch.bincount(segment, weights=flat, minlength=num_tasks + 1)
+        self.receipt = torch.zeros((), device=device, requires_grad=True)
+        self.half = False
+
+    def match(self, x: Tensor, feature_dims: int = 1) -> bool:
+        """Whether the leading dimensions of ``x`` are those of the ids, with ``feature_dims`` more at least."""
+        n = len(self.shape)
+        return x.dim() >= n + feature_dims and tuple(x.shape[:n]) == self.shape
+
+    @property
+    def ran(self) -> bool:
+        """Whether a backward pass ran through this batch."""
+        return self.receipt.grad is not None
+
+
+def check_ids(ids: Tensor, num_tasks: int) -> None:
+    """Raise TypeError or ValueError unless ``ids`` is int64, (B,) or (B, S), with values in [-1, num_tasks)."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids must be a tensor, got {type(ids).__name__}; torch.as_tensor(ids) makes one")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"ids must be int64, got {ids.dtype}; use ids.long()")
+    if ids.dim() not in (1, 2):
+        raise ValueError(
+            f"ids must have shape (B,), one id per example, or (B, S), one per token, got {tuple(ids.shape)}"
+        )
+    if ids.numel() == 0:
+        raise ValueError(f"ids must not be empty, got shape {tuple(ids.shape)}")
+    low, high = int(ids.min()), int(ids.max())
+    if low < -1 or high >= num_tasks:
+        raise ValueError(
+            f"ids must lie in [-1, {num_tasks}) for {num_tasks} tasks (-1: belongs to no task), got values from {low} to {high}"
+        )
+
+
+def check_weight(weight: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless ``weight`` is a tensor of the ids' shape with finite values >= 0."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"weight must have the shape of ids, {shape}, got {tuple(weight.shape)}")
+    if not bool((torch.isfinite(weight) & (weight >= 0)).all()):
+        raise ValueError("weight must be finite and not negative: it is the weight of each row in the loss mean")
