@@ -12,9 +12,7 @@ from torch.optim import Optimizer
 class StepHooks:
     """Calls ``before`` when the first of the optimizers is about to step and ``after`` when all have stepped."""
 
-    def __init__(
-        self, optimizers: Sequence[Optimizer], before: Callable[[], None], after: Callable[[], None]
-    ) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer], before: Callable[[], None], after: Callable[[], None]) -> None:
         self.optimizers = list(optimizers)
         self.before, self.after = before, after
         self._stepped: set[int] = set()

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
 import torch
@@ -43,7 +44,9 @@ def collect() -> tuple[Facts, bool]:
     Loads the native kernels, and so compiles them if no cached library is there.
     """
     try:
-        native, healthy = str(_native.status()), True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the reason is among the facts
+            native, healthy = str(_native.status()), True
     except (RuntimeError, ValueError) as error:
         native, healthy = f"unavailable: {error}", False
     compiler = os.environ.get("CXX", "c++")
@@ -104,9 +107,7 @@ def _first_line(program: str, *arguments: str, containing: str = "") -> str | No
     if path is None:
         return None
     try:
-        output = subprocess.run(
-            [path, *arguments], capture_output=True, text=True, timeout=20, check=True
-        ).stdout
+        output = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     lines = [line.strip() for line in output.splitlines() if containing in line]

@@ -10,8 +10,10 @@ from types import TracebackType
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .capture.site import Site
@@ -21,7 +23,9 @@ from .guard import gradients_disagree
 from .memory import Reading, TaskMemory
 from .ops.sum_gram import sum_gram
 from .overwrite import Overwriting
+from .probe import StepProbe
 from .probes import Probes
+from .reduce import all_reduce_flat, world_size
 from .report import StepReport, cosines
 from .rows import Rows
 from .verify import failing_sites
@@ -42,7 +46,6 @@ class _Open:
     examples: Tensor
     loss: Tensor | None
     valid: Tensor
-    theta: Tensor
 
 
 class Batch:
@@ -57,9 +60,7 @@ class Batch:
     def losses(self, per_row: Tensor) -> None:
         """Enter the loss of every row, in the shape of the ids; fills ``StepReport.loss``."""
         if tuple(per_row.shape) != self.task_rows.shape:
-            raise ValueError(
-                f"per_row must have the shape of ids, {self.task_rows.shape}, got {tuple(per_row.shape)}"
-            )
+            raise ValueError(f"per_row must have the shape of ids, {self.task_rows.shape}, got {tuple(per_row.shape)}")
         values = per_row.detach().double().reshape(-1)
         if self._weight is not None:
             values = values * self._weight.reshape(-1).to(values)
@@ -91,6 +92,7 @@ class TaskGradTracker:
         memory_decay: float,
         loss_scale: GradScaler | Tensor | None,
         verify: bool,
+        process_group: dist.ProcessGroup | None,
         include: Callable[[str, nn.Module], bool] | None,
     ) -> None:
         self.model = model
@@ -108,6 +110,8 @@ class TaskGradTracker:
         self._guard = verify
         self._verified = False
         self._loss_scale = loss_scale
+        self._group = process_group
+        self._step_probe: StepProbe | None = None
         width = None if mode == "exact" else sketch_dim
         self._probes = Probes(model, self, len(self.tasks), width, SKETCH_SEED, include)
         if not self._probes.probes:
@@ -123,9 +127,7 @@ class TaskGradTracker:
         self._theta = self._probes.theta()
         self._versions = self._probes.versions()
         self._hooks = StepHooks(optimizers, self._read, self._close) if optimizers else None
-        self._verify_hook = (
-            model.register_forward_pre_hook(self._verify_first, with_kwargs=True) if verify else None
-        )
+        self._verify_hook = model.register_forward_pre_hook(self._verify_first, with_kwargs=True) if verify else None
 
     # -- batches ---------------------------------------------------------------------------------------------------
 
@@ -244,13 +246,21 @@ class TaskGradTracker:
         """Before the update: gradients against memory."""
         if self._open is not None:
             return
+        if self._step_probe is not None:
+            self._step_probe.before = self._step_probe.measure()
         ran = [b for b in self._pending if b.task_rows.ran]
+        self._pending.clear()
         self._drop_unattributed()
         if not ran:
-            self._pending.clear()
             return
+        weight = torch.stack([b.task_rows.weight for b in ran]).sum(0)
+        examples = torch.stack([b.task_rows.examples for b in ran]).sum(0)
+        losses = [b.task_losses.cpu() for b in ran if b.task_losses is not None]
+        loss = torch.stack(losses).sum(0) if len(losses) == len(ran) else None
         vanished = self._probes.grads_vanished()
         gradient = self._probes.take() / self._scale()
+        if world_size(self._group) > 1:
+            gradient, weight, examples, loss = self._reduce(gradient, weight, examples, loss)
         valid = torch.isfinite(gradient).all()
         if vanished is None:
             valid = torch.zeros_like(valid)
@@ -260,17 +270,30 @@ class TaskGradTracker:
         due = self._step < GUARD_FIRST or self._step % GUARD_EVERY == 0
         if self._guard and due and bool(valid) and self._sum_guard(gradient, total, any(b.task_rows.half for b in ran)):
             gram = sum_gram(gradient)[1]
-        device = gradient.device
-        weight = torch.stack([b.task_rows.weight for b in ran]).sum(0).to(device)
-        examples = torch.stack([b.task_rows.examples for b in ran]).sum(0)
-        losses = [b.task_losses for b in ran if b.task_losses is not None]
-        loss = None
-        if losses:
-            entered = torch.stack([b.task_rows.weight for b in ran if b.task_losses is not None]).sum(0)
-            loss = (torch.stack(losses).sum(0).cpu() / entered)[:-1]
+        if loss is not None:
+            loss = (loss / weight)[:-1]
+        weight = weight.to(gradient.device)
         reading = self._memory.read(gradient.double(), weight, self._theta)
-        self._open = _Open(reading, gradient, gram, weight, examples[:-1], loss, valid, self._theta)
-        self._pending.clear()
+        self._open = _Open(reading, gradient, gram, weight, examples[:-1], loss, valid)
+
+    def _reduce(
+        self, gradient: Tensor, weight: Tensor, examples: Tensor, loss: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Sums over ranks, gradients averaged as DistributedDataParallel does; what one rank left out, all leave out."""
+        device = gradient.device
+        out = torch.tensor([float(n in self._probes.reasons) for n in self._probes.probes], device=device)
+        parts = [gradient, weight.to(device), examples.to(device), out]
+        if loss is not None:
+            parts.append(loss.to(device))
+        gradient, weight, examples, out, *losses = all_reduce_flat(parts, self._group)
+        for probe, dropped in zip(self._probes.probes.values(), out.tolist(), strict=True):
+            if dropped:
+                self._probes.drop(probe.name, "left out on another rank")
+                gradient[:, probe.columns] = 0
+                self._memory.forget_columns(probe.columns)
+        self._probes.refresh()
+        gradient /= world_size(self._group)
+        return gradient, weight.cpu(), examples.cpu(), losses[0].cpu() if losses else None
 
     def _sum_guard(self, gradient: Tensor, total: Tensor, half: bool) -> bool:
         """Drop parameters whose tasks do not add up to ``param.grad``; True if there were any."""
@@ -287,6 +310,9 @@ class TaskGradTracker:
         step, self._open = self._open, None
         before = self._theta
         self._theta, self._versions = self._probes.theta(), self._probes.versions()
+        if self._step_probe is not None:
+            self._step_probe.after = self._step_probe.measure()
+            self._step_probe = None
         if step is None:
             return
         count = len(self.tasks)
@@ -297,9 +323,7 @@ class TaskGradTracker:
         cosine, others_cosine = cosines(step.gram)
         self._memory.write(step.reading, seen, before, self._theta, self._step)
         reading = step.reading
-        self._overwriting.add(
-            reading.memory_dot, reading.own_effect, reading.others_effect, others_cosine, step.valid
-        )
+        self._overwriting.add(reading.memory_dot, reading.own_effect, reading.others_effect, others_cosine, step.valid)
         if not bool(step.valid):
             self._report = self._invalid_report(step.examples, step.weight[:count].cpu())
             return
@@ -416,6 +440,11 @@ class TaskGradTracker:
                 site.reason = failing[site.name]
         self._drop_unattributed()
 
+    def probe(self, loss: Callable[[], Tensor]) -> StepProbe:
+        """Measure ``loss()``, say of a fixed batch by task, just before and just after the next optimizer step."""
+        self._step_probe = StepProbe(self.model, loss)
+        return self._step_probe
+
     # -- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -470,6 +499,7 @@ def track(
     memory_decay: float = 0.9,
     loss_scale: GradScaler | Tensor | None = None,
     verify: bool = True,
+    process_group: dist.ProcessGroup | None = None,
     include: Callable[[str, nn.Module], bool] | None = None,
 ) -> TaskGradTracker:
     """Track per-task gradients of ``model``, in place: parameters, ``state_dict`` and ``param.grad`` stay as they are.
@@ -485,6 +515,7 @@ def track(
         loss_scale: the GradScaler (or a scalar tensor) the loss is multiplied with.
         verify: check the rows of every layer on the first tracked batch, and on some steps that the tasks' gradients
             add up to ``param.grad``.
+        process_group: the ranks whose gradients are averaged (DistributedDataParallel); ``None`` for the default group.
         include: ``include(name, module)`` says whether a module is tracked.
 
     Raises:
@@ -514,9 +545,10 @@ def track(
             raise ValueError("optimizer holds none of the model's trainable parameters; pass the one that trains it")
     if mode == "exact":
         _check_memory(trainable, len(tasks))
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        if torch.distributed.get_world_size() > 1:
-            raise ValueError("tracking on more than one rank is not supported yet: the numbers would be each rank's own")
+    if world_size(process_group) > 1 and mode == "exact":
+        raise ValueError('mode="exact" works on one rank: its gradients are too large to sum; use mode="sketch"')
+    if any(isinstance(p, DTensor) for p in trainable):
+        raise ValueError("sharded parameters (DTensor: FSDP2, tensor parallelism) are not supported; use DDP")
     return TaskGradTracker(
         model,
         tasks,
@@ -526,6 +558,7 @@ def track(
         memory_decay=memory_decay,
         loss_scale=loss_scale,
         verify=verify,
+        process_group=process_group,
         include=include,
     )
 

@@ -9,8 +9,7 @@ output is disturbed in the rows of some examples, and nothing of the other examp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .capture.site import Owner, Site
+from .isolation import undisturbed
 from .rows import Rows
 
 MIXED = "rows of other examples change with an example: its rows are not the batch's, or examples mix"
@@ -42,7 +42,7 @@ def failing_sites(
     half = torch.arange(batch) % 2 == 1
 
     def trace(a: Any, k: Any, disturb: Disturb | None = None) -> Trace:
-        with _undisturbed(model):
+        with undisturbed(model):
             return _trace(model, owner, batch, a, k, disturb)
 
     base = trace(args, kwargs)
@@ -83,9 +83,7 @@ def _replace_half(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int) 
     return None
 
 
-def _trace(
-    model: nn.Module, owner: Owner, batch: int, args: Any, kwargs: Any, disturb: Disturb | None
-) -> Trace:
+def _trace(model: nn.Module, owner: Owner, batch: int, args: Any, kwargs: Any, disturb: Disturb | None) -> Trace:
     """Fingerprint of every example, at the input of every call of every site, and at the model's outputs (site "")."""
     trace: Trace = {}
     calls: dict[str, int] = {}
@@ -141,21 +139,3 @@ def _shake(name: str, half: Tensor) -> Disturb:
         return wide + noise
 
     return disturb
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """No gradients; RNG, buffers and the mode of BatchNorm as before afterwards."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    devices = {b.device for b in model.parameters() if b.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-        for m in norms:
-            m.training = False
-        try:
-            yield
-        finally:
-            for m in norms:
-                m.training = True
-            for buffer, saved in buffers:
-                buffer.copy_(saved)

@@ -29,7 +29,12 @@ from .base import (
 
 
 def _stats(
-    values: Tensor | None, like: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
+    values: Tensor | None,
+    like: Tensor,
+    order: Tensor | None,
+    offsets: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """From per-entry gradients [E, numel] of a parameter shaped like ``like``: its gradient and its sketch per task."""
     if values is None:
@@ -65,9 +70,7 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, bias, ctx.shape, _, ctx.entries, order, offsets, receipt = inputs[:9]
         w_tap, w_left, w_right, b_tap, b_left, b_right = inputs[9:]
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(
-            x, weight, bias, *output[1:], order, offsets, receipt, w_left, w_right, b_left, b_right
-        )
+        ctx.save_for_backward(x, weight, bias, *output[1:], order, offsets, receipt, w_left, w_right, b_left, b_right)
         ctx.track_weight, ctx.track_bias = w_tap is not None, b_tap is not None
 
     @staticmethod

@@ -1,0 +1,82 @@
+"""Two gloo processes under DistributedDataParallel give the report of one process on the whole batch."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import taskgrad as tg
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+STEPS, BATCH = 4, 8
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(9, 12), nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 3)).double()
+
+
+def _data(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(step)
+    x = torch.randint(0, 9, (BATCH,), generator=g)
+    return x, torch.randint(0, 3, (BATCH,), generator=g), torch.randint(-1, 3, (BATCH,), generator=g)
+
+
+def _train(rank: int, world: int) -> dict[str, object]:
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.05)
+    tracker = tg.track(model, ["a", "b", "c"], optimizer, sketch_dim=64)
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    for step in range(STEPS):
+        x, y, ids = (t[rank::world] for t in _data(step))
+        with tracker.batch(ids) as batch:
+            loss = nn.functional.cross_entropy(wrapped(x), y, reduction="none")
+            batch.losses(loss)
+            loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return tracker.report().to_dict()
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        torch.save(_train(rank, 2), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_report_what_one_process_reports() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        context = torch.multiprocessing.get_context("spawn")
+        workers = [context.Process(target=_worker, args=(rank, folder)) for rank in range(2)]
+        for w in workers:
+            w.start()
+        for w in workers:
+            w.join(120)
+        assert [w.exitcode for w in workers] == [0, 0]
+        reports = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(2)]
+    assert reports[0] == reports[1]
+    alone = copy.deepcopy(_train(0, 1))
+    assert reports[0].keys() == alone.keys()
+    for name, value in alone.items():
+        if name == "cosine_se":
+            continue  # a root of differences that cancel
+        got, want = (torch.tensor(_numbers(v), dtype=torch.float64) for v in (reports[0][name], value))
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _numbers(value: object) -> list[float]:
+    if isinstance(value, list):
+        return [n for v in value for n in _numbers(v)]
+    return [float("nan") if value is None else float(value)] if not isinstance(value, str) else []
