@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Probe, find_capture, register_transformers
-from .capture.site import Owner, Site
+from .capture.site import Owner, Site, replaced_forward
 from .coverage import Coverage
 from .sketch import sketch_map
 
 NOT_CALLED = "no tracked forward has called its module (or only through a function that takes the weight itself)"
+LEFT_OUT = "left out by include"
 
 
 class Probes:
@@ -36,26 +37,28 @@ class Probes:
         self.probes: dict[str, Probe] = {}
         self.sites: list[Site] = []
         self.width = 0
+        self._warned: set[str] = set()
         claimed: set[str] = set()
+        strangers: dict[str, str] = {}
         for path, module in model.named_modules():
-            own = {k: p for k, p in module._parameters.items() if p is not None}
-            if not own:
-                continue
             capture = find_capture(module)
-            reason = _refusal(module, path, include) if capture is not None else None
-            if capture is None:
-                reason = f"no rule for {type(module).__name__}; taskgrad.register_capture adds one"
-            elif reason is None:
-                reason = capture.refuse(module)
-            for attr, param in own.items():
-                name = self.names[id(param)]
-                if capture is None or reason is not None or attr not in capture.params:
-                    why = reason or f"{type(module).__name__}.{attr} has no rule"
-                    self.reasons.setdefault(name, f"{path or 'the model itself'}: {why}")
-                else:
-                    claimed.add(name)
+            reason = None if capture is None else _refusal(module, path, include) or capture.refuse(module)
             if capture is not None and reason is None:
                 self.sites.append(Site(path, module, capture, owner))
+            for attr, param in module._parameters.items():
+                if param is None:
+                    continue
+                name = self.names[id(param)]
+                place = path or "the model itself"
+                if reason is not None:
+                    self.reasons.setdefault(name, f"{place}: {reason}")
+                elif capture is not None and attr in capture.params:
+                    claimed.add(name)
+                else:
+                    rule = f"{place}: no rule for {type(module).__name__}.{attr}; taskgrad.register_capture adds one"
+                    strangers.setdefault(name, rule)
+        # a parameter may also hang on a container that never uses it; the sum guard finds out if it does
+        self.reasons.update({n: r for n, r in strangers.items() if n not in claimed and n not in self.reasons})
         self._flags: tuple[bool, ...] = ()
         self.refresh()
 
@@ -93,14 +96,21 @@ class Probes:
 
     def drop(self, name: str, reason: str) -> None:
         """Leave parameter ``name`` out of every number from now on, and say so once."""
-        if name in self.reasons:
-            return
-        self.reasons[name] = reason
-        self._flags = ()
-        warnings.warn(
-            f"taskgrad: {name} is left out of every number: {reason}. tracker.coverage() lists what counts.",
-            stacklevel=2,
-        )
+        if name not in self.reasons:
+            self.reasons[name] = reason
+            self._flags = ()
+            self._warn({name: reason})
+
+    def warn_of_gaps(self) -> None:
+        """Name, after the first step, the trainable parameters that no number covers and that ``include`` did not leave out."""
+        missing = self.coverage(verified=False).unattributed
+        self._warn({n: r for n, r in missing.items() if n not in self._warned and not r.endswith(LEFT_OUT)})
+
+    def _warn(self, missing: dict[str, str]) -> None:
+        self._warned.update(missing)
+        if missing:
+            names = "; ".join(f"{n} ({r})" for n, r in missing.items())
+            warnings.warn(f"taskgrad: left out of every number, see tracker.coverage(): {names}", stacklevel=2)
 
     def collect_reasons(self) -> None:
         """Drop the parameters of modules that saw rows which are not the batch's."""
@@ -126,6 +136,11 @@ class Probes:
                     out[:, probe.columns] = probe.tap.grad
                 probe.tap.grad = None
         return out
+
+    @property
+    def dirty(self) -> bool:
+        """Whether a backward pass, even one that failed, has left statistics."""
+        return any(p.tap.grad is not None for p in self.probes.values())
 
     def discard(self) -> None:
         """Forget what the taps hold."""
@@ -170,7 +185,7 @@ class Probes:
 
 def _refusal(module: nn.Module, path: str, include: Callable[[str, nn.Module], bool] | None) -> str | None:
     if include is not None and not include(path, module):
-        return "left out by include"
-    if "forward" in module.__dict__:
+        return LEFT_OUT
+    if replaced_forward(module):
         return "its forward was replaced on the instance, by another tracker or wrapper"
     return None

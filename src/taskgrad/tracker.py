@@ -234,7 +234,7 @@ class TaskGradTracker:
 
     def _abandon_if_vanished(self) -> None:
         """Pending statistics whose gradients were zeroed before a step: the step will not come."""
-        if not any(b.task_rows.ran for b in self._pending):
+        if not self._probes.dirty:
             return
         vanished = self._probes.grads_vanished()
         if vanished is None or bool(vanished):
@@ -252,6 +252,7 @@ class TaskGradTracker:
         self._pending.clear()
         self._drop_unattributed()
         if not ran:
+            self._probes.discard()
             return
         weight = torch.stack([b.task_rows.weight for b in ran]).sum(0)
         examples = torch.stack([b.task_rows.examples for b in ran]).sum(0)
@@ -327,6 +328,8 @@ class TaskGradTracker:
         if not bool(step.valid):
             self._report = self._invalid_report(step.examples, step.weight[:count].cpu())
             return
+        if self._step == 1:
+            self._probes.warn_of_gaps()
         last = self._memory.last_seen
         self._gradient = step.gradient
         fields = {
@@ -529,6 +532,12 @@ def track(
         raise ValueError(f"tasks must be distinct names, at least one, got {list(tasks)}")
     if mode not in ("sketch", "exact"):
         raise ValueError(f'mode must be "sketch" or "exact", got {mode!r}')
+    if not isinstance(sketch_dim, int):
+        raise TypeError(f"sketch_dim must be an int, got {type(sketch_dim).__name__}")
+    if loss_scale is not None and not isinstance(loss_scale, GradScaler | Tensor):
+        raise TypeError(f"loss_scale must be a GradScaler or a scalar tensor, got {type(loss_scale).__name__}")
+    if include is not None and not callable(include):
+        raise TypeError(f"include must be a function of (name, module), got {type(include).__name__}")
     if sketch_dim < 16:
         raise ValueError(f"sketch_dim must be at least 16, got {sketch_dim}")
     if not 0 <= memory_decay < 1:

@@ -60,20 +60,24 @@ class _Conv(torch.autograd.Function):
         x, weight, order, offsets, receipt, w_left, w_right, b_left, b_right = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.options
         dx = dw = db = w_stats = b_stats = None
-        if ctx.needs_input_grad[0]:
-            zeros, mask = [0] * len(stride), [True, False, False]
-            dx = torch.ops.aten.convolution_backward(
-                dy, x, weight, None, stride, padding, dilation, False, zeros, groups, mask
-            )[0]
+        plain = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not ctx.track_weight, False]
+        if any(plain):
+            zeros = [0] * len(stride)
+            dx, dw, _ = torch.ops.aten.convolution_backward(
+                dy, x, weight, None, stride, padding, dilation, False, zeros, groups, plain
+            )
         if ctx.track_weight:
             dw, stats = torch.ops.taskgrad.conv_sketch(
                 dy, x, weight, stride, padding, dilation, groups, order, offsets, w_left, w_right
             )
             w_stats = scaled(stats, w_left, w_right)
-        if ctx.track_bias:
+        if ctx.needs_input_grad[2]:
             values = dy.flatten(2).sum(2, dtype=stat_dtype(dy))
-            sums = torch.ops.taskgrad.segment_sum(values, order, offsets)
-            db, b_stats = sums.sum(0).to(dy.dtype), project(sums, b_left, b_right)
+            if ctx.track_bias:
+                sums = torch.ops.taskgrad.segment_sum(values, order, offsets)
+                db, b_stats = sums.sum(0).to(dy.dtype), project(sums, b_left, b_right)
+            else:
+                db = values.sum(0).to(dy.dtype)
         none = (None,) * 6
         return dx, dw, db, *none, receipt_grad(receipt), w_stats, None, None, b_stats, None, None
 
@@ -90,11 +94,6 @@ class ConvCapture(Capture):
                 f"and ids of shape {rows.shape}"
             )
         rows_of(rows, x)
-        weight, bias = module.weight, module.bias
-        dtype = autocast_dtype(x)
-        if dtype is not None:
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        rows.half |= x.dtype in (torch.bfloat16, torch.float16)
         padding = module.padding
         if module.padding_mode != "zeros":
             x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
@@ -102,6 +101,11 @@ class ConvCapture(Capture):
         elif isinstance(padding, str):
             x = nn.functional.pad(x, module._reversed_padding_repeated_twice)
             padding = (0,) * len(module.kernel_size)
+        weight, bias = module.weight, module.bias
+        dtype = autocast_dtype(x)
+        if dtype is not None:
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        rows.half |= x.dtype in (torch.bfloat16, torch.float16)
         w_probe, b_probe = probes.get("weight"), probes.get("bias")
         out = _Conv.apply(
             x,

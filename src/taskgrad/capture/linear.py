@@ -46,12 +46,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, transposed, entries, order, offsets, receipt = inputs[:8]
+        x, weight, _, transposed, entries, order, offsets, receipt = inputs[:8]
         w_tap, w_left, w_right, b_tap, b_left, b_right = inputs[8:]
-        ctx.save_for_backward(
-            x if w_tap is not None else None, weight, order, offsets, receipt, w_left, w_right, b_left, b_right
-        )
-        ctx.transposed, ctx.entries, ctx.has_bias = transposed, entries, bias is not None
+        x = x if weight.requires_grad else None
+        ctx.save_for_backward(x, weight, order, offsets, receipt, w_left, w_right, b_left, b_right)
+        ctx.transposed, ctx.entries = transposed, entries
         ctx.track_weight, ctx.track_bias = w_tap is not None, b_tap is not None
 
     @staticmethod
@@ -62,14 +61,21 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = dy @ (weight.t() if ctx.transposed else weight)
         dy3 = dy.reshape(ctx.entries, -1, dy.shape[-1])
-        if ctx.track_weight:
+        if ctx.needs_input_grad[1]:
             x3 = x.reshape(ctx.entries, -1, x.shape[-1])
             first, second = (x3, dy3) if ctx.transposed else (dy3, x3)
-            dw, stats = torch.ops.taskgrad.wgrad_sketch(first, second, order, offsets, w_left, w_right)
-            w_stats = scaled(stats, w_left, w_right)
-        if ctx.track_bias:
-            sums = torch.ops.taskgrad.segment_sum(_sum_rows(dy3), order, offsets)
-            db, b_stats = sums.sum(0).to(dy.dtype), project(sums, b_left, b_right)
+            if ctx.track_weight:
+                dw, stats = torch.ops.taskgrad.wgrad_sketch(first, second, order, offsets, w_left, w_right)
+                w_stats = scaled(stats, w_left, w_right)
+            else:
+                dw = first.flatten(0, 1).mT @ second.flatten(0, 1)
+        if ctx.needs_input_grad[2]:
+            rows = _sum_rows(dy3)
+            if ctx.track_bias:
+                sums = torch.ops.taskgrad.segment_sum(rows, order, offsets)
+                db, b_stats = sums.sum(0).to(dy.dtype), project(sums, b_left, b_right)
+            else:
+                db = rows.sum(0).to(dy.dtype)
         none = (None,) * 4
         return dx, dw, db, *none, receipt_grad(receipt), w_stats, None, None, b_stats, None, None
 

@@ -31,6 +31,7 @@ from .base import (
 def _stats(
     values: Tensor | None,
     like: Tensor,
+    tracked: bool,
     order: Tensor | None,
     offsets: Tensor,
     left: Tensor | None,
@@ -39,6 +40,8 @@ def _stats(
     """From per-entry gradients [E, numel] of a parameter shaped like ``like``: its gradient and its sketch per task."""
     if values is None:
         return None, None
+    if not tracked:
+        return values.sum(0).view_as(like).to(like.dtype), None
     sums = torch.ops.taskgrad.segment_sum(values, order, offsets).view(-1, *like.shape)
     return sums.sum(0).to(like.dtype), project(sums, left, right)
 
@@ -83,13 +86,13 @@ class _LayerNorm(torch.autograd.Function):
             dx = torch.ops.aten.native_layer_norm_backward(dy, x, ctx.shape, mean, rstd, weight, bias, mask)[0]
         rows = (ctx.entries, -1, math.prod(ctx.shape))
         w_values = b_values = None
-        if ctx.track_weight:
+        if ctx.needs_input_grad[1]:
             xhat = (x - mean) * rstd
             w_values = (dy * xhat).reshape(rows).sum(1, dtype=stat_dtype(dy))
-        if ctx.track_bias:
+        if ctx.needs_input_grad[2]:
             b_values = dy.reshape(rows).sum(1, dtype=stat_dtype(dy))
-        dw, w_stats = _stats(w_values, weight, order, offsets, *maps[:2])
-        db, b_stats = _stats(b_values, weight, order, offsets, *maps[2:])
+        dw, w_stats = _stats(w_values, weight, ctx.track_weight, order, offsets, *maps[:2])
+        db, b_stats = _stats(b_values, weight, ctx.track_bias, order, offsets, *maps[2:])
         none = (None,) * 5
         return dx, dw, db, *none, receipt_grad(receipt), w_stats, None, None, b_stats, None, None
 
@@ -132,7 +135,7 @@ class _RMSNorm(torch.autograd.Function):
             scaled = dy * weight
             dx = ((scaled - xhat * (scaled * xhat).mean(ctx.dims, keepdim=True)) * rstd).to(x.dtype)
         values = (dy * xhat).reshape(ctx.entries, -1, weight.numel()).sum(1)
-        dw, stats = _stats(values, weight, order, offsets, left, right)
+        dw, stats = _stats(values, weight, True, order, offsets, left, right)
         none = (None,) * 5
         return dx, dw, *none, receipt_grad(receipt), stats, None, None
 
@@ -182,14 +185,14 @@ class _GroupNorm(torch.autograd.Function):
             )[0]
         flat = dy.reshape(n, channels, -1)
         w_values = b_values = None
-        if ctx.track_weight:
+        if ctx.needs_input_grad[1]:
             grouped = x.reshape(n, ctx.groups, -1)
             xhat = (grouped - mean.view(n, ctx.groups, 1)) * rstd.view(n, ctx.groups, 1)
             w_values = (flat * xhat.view(n, channels, -1)).sum(2, dtype=stat_dtype(dy))
-        if ctx.track_bias:
+        if ctx.needs_input_grad[2]:
             b_values = flat.sum(2, dtype=stat_dtype(dy))
-        dw, w_stats = _stats(w_values, weight, order, offsets, *maps[:2])
-        db, b_stats = _stats(b_values, weight, order, offsets, *maps[2:])
+        dw, w_stats = _stats(w_values, weight, ctx.track_weight, order, offsets, *maps[:2])
+        db, b_stats = _stats(b_values, weight, ctx.track_bias, order, offsets, *maps[2:])
         none = (None,) * 4
         return dx, dw, db, *none, receipt_grad(receipt), w_stats, None, None, b_stats, None, None
 

@@ -53,6 +53,7 @@ class Site:
                 self.reason = str(error)
                 return type(this).forward(this, *args, **kwargs)
 
+        forward.taskgrad_site = self  # type: ignore[attr-defined]
         self._patched = types.MethodType(forward, module)
         # by __dict__: nn.Module.__setattr__ has nothing to add for a method
         module.__dict__["forward"] = self._patched
@@ -66,3 +67,18 @@ class Site:
         self.owner = None
         if self.module.__dict__.get("forward") is self._patched:
             del self.module.__dict__["forward"]
+
+
+def replaced_forward(module: nn.Module) -> bool:
+    """Whether the instance has a ``forward`` of somebody's own. What copies and pickles of a tracked module carry is not
+    one: it does nothing, and is taken off here."""
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return False
+    function = getattr(forward, "__func__", None)
+    site = getattr(function, "taskgrad_site", None)
+    stale = site is not None and (site.owner is None or site.module is not module)
+    if stale or function is type(module).forward:
+        del module.__dict__["forward"]
+        return False
+    return True

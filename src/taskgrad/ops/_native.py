@@ -74,9 +74,7 @@ def _status() -> NativeStatus:
         return _load_built() or _load_compiled()
     except Exception as error:  # whatever fails here, the reference still gives the right answer
         if wish == "1":
-            raise RuntimeError(
-                f"TASKGRAD_NATIVE=1, but the native kernels are not available: {error}"
-            ) from error
+            raise RuntimeError(f"TASKGRAD_NATIVE=1, but the native kernels are not available: {error}") from error
         reason = str(error).strip() or type(error).__name__
         warnings.warn(
             f"taskgrad runs its slower reference kernels: {reason.splitlines()[0]} "
@@ -89,7 +87,7 @@ def _status() -> NativeStatus:
 
 def _load_built() -> NativeStatus | None:
     for library in sorted(_PACKAGE.glob("_C*.so")):
-        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(library)
         return NativeStatus("ahead of time", str(library))
     return None
 
@@ -99,7 +97,7 @@ def _load_compiled() -> NativeStatus:
     library = _cache_dir() / _key(source_dir, recipe) / f"{_LIBRARY}.so"
     if not library.exists():
         _compile(source_dir, recipe, library)
-    torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    torch.ops.load_library(library)
     return NativeStatus("compiled on first use", str(library))
 
 
@@ -119,9 +117,7 @@ def _cache_dir() -> Path:
 
 def _key(source_dir: Path, recipe: dict[str, list[str]]) -> str:
     """A name that changes with everything the library depends on; torch's version stands for its headers."""
-    digest = hashlib.sha256(
-        json.dumps([recipe, torch.__version__, platform.machine(), platform.libc_ver()]).encode()
-    )
+    digest = hashlib.sha256(json.dumps([recipe, torch.__version__, platform.machine(), platform.libc_ver()]).encode())
     for source in recipe["sources"]:
         digest.update((source_dir / source).read_bytes())
     return digest.hexdigest()[:16]
@@ -131,18 +127,14 @@ def _compile(source_dir: Path, recipe: dict[str, list[str]], library: Path) -> N
     """Compile in a scratch folder, then move the library to its place in one step: never seen half done."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
-        raise RuntimeError(
-            f"no C++ compiler: {compiler!r} is not on PATH (install g++ 9 or newer, or set CXX)"
-        )
+        raise RuntimeError(f"no C++ compiler: {compiler!r} is not on PATH (install g++ 9 or newer, or set CXX)")
     library.parent.mkdir(parents=True, exist_ok=True)
     with _file_lock(library.parent / "lock"):
         if library.exists():  # another process was faster
             return
         from torch.utils import cpp_extension
 
-        print(
-            f"taskgrad: compiling its CPU kernels, once, into {library.parent}", file=sys.stderr, flush=True
-        )
+        print(f"taskgrad: compiling its CPU kernels, once, into {library.parent}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch, _ninja_on_path():
             cpp_extension.load(
                 _LIBRARY,

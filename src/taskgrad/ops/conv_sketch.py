@@ -52,7 +52,17 @@ def conv_sketch(
         if end == start:
             continue
         grad = torch.ops.aten.convolution_backward(
-            dy[start:end], x[start:end], weight, None, stride, padding, dilation, False, zeros, groups, [False, True, False]
+            dy[start:end],
+            x[start:end],
+            weight,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            zeros,
+            groups,
+            [False, True, False],
         )[1].to(dtype)
         dw += grad
         matrix = grad.flatten(1)

@@ -45,17 +45,11 @@ def sum_gram(block: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: ``block`` is not 2-dimensional.
     """
     if block.dtype not in DTYPES:
-        raise TypeError(
-            f"block must be float32, float64, bfloat16 or float16, got {block.dtype}: convert it first"
-        )
+        raise TypeError(f"block must be float32, float64, bfloat16 or float16, got {block.dtype}: convert it first")
     if block.device.type not in ("cpu", "cuda"):
-        raise TypeError(
-            f"block must be on a cpu or cuda device, got {block.device}: move it with .to() first"
-        )
+        raise TypeError(f"block must be on a cpu or cuda device, got {block.device}: move it with .to() first")
     if block.dim() != 2:
-        raise ValueError(
-            f"block must have shape [T, M], one row per task, got {list(block.shape)}: reshape it first"
-        )
+        raise ValueError(f"block must have shape [T, M], one row per task, got {list(block.shape)}: reshape it first")
     total, gram = torch.ops.taskgrad.sum_gram(block.detach())
     return total, gram
 
@@ -64,7 +58,7 @@ def reference(block: Tensor) -> tuple[Tensor, Tensor]:
     """``sum_gram`` in plain torch; by slices of columns, so that no fp64 copy of the whole block is made."""
     total = block.sum(0, dtype=torch.float64 if block.dtype == torch.float64 else torch.float32)
     gram = block.new_zeros(block.shape[0], block.shape[0], dtype=torch.float64)
-    for part in block.split(1 << 16, dim=1):  # type: ignore[no-untyped-call]
+    for part in block.split(1 << 16, dim=1):
         wide = part.double()
         gram.addmm_(wide, wide.mT)
     return total.to(block.dtype), (gram + gram.mT) / 2

@@ -2,8 +2,8 @@
 
 With X_t, dY_t the rows of task t, the task's gradient is G_t = dY_tᵀ X_t and dW = Σ_t G_t. Its two-sided sketch is
 Lᵀ G_t R = (dY_t L)ᵀ (X_t R): two skinny products of cost r/d of the dense one, whatever the number of tasks (LoGra,
-arXiv 2405.13954). Without L and R the G_t themselves are the result, and dW is their sum: the split of the product by
-task costs no extra multiplications.
+arXiv 2405.13954). Where the G_t are small (or wanted: without L and R) they are formed instead, and dW is their sum:
+splitting the product by task costs no extra multiplications.
 """
 
 from __future__ import annotations
@@ -33,11 +33,15 @@ def wgrad_sketch(
         and float32 otherwise.
     """
     dtype = stat_dtype(dy)
-    u = dy.to(dtype) if left is None else dy.to(dtype) @ left.to(dtype)
-    v = x.to(dtype) if right is None else x.to(dtype) @ right.to(dtype)
+    wide_dy, wide_x = dy.to(dtype), x.to(dtype)
+    if splitting_is_cheaper(dy, x, offsets, left, right):
+        grads = segment_products(wide_dy, wide_x, order, offsets)
+        stats = grads if left is None else left.to(dtype).mT @ grads
+        stats = stats if right is None else stats @ right.to(dtype)
+        return grads.sum(0).to(dy.dtype), stats
+    u = wide_dy if left is None else wide_dy @ left.to(dtype)
+    v = wide_x if right is None else wide_x @ right.to(dtype)
     stats = segment_products(u, v, order, offsets)
-    if left is None and right is None:
-        return stats.sum(0).to(dy.dtype), stats
     return dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1]), stats
 
 
@@ -49,6 +53,24 @@ def _(
     r1 = x.shape[-1] if right is None else right.shape[1]
     stats = dy.new_empty(offsets.shape[0] - 1, r0, r1, dtype=stat_dtype(dy))
     return dy.new_empty(dy.shape[-1], x.shape[-1]), stats
+
+
+def splitting_is_cheaper(dy: Tensor, x: Tensor, offsets: Tensor, left: Tensor | None, right: Tensor | None) -> bool:
+    """Whether to form the G_t and sketch them rather than to sketch dY and X: multiplications beyond those of dW.
+
+    Where it is, the G_t together are smaller than the activations. Without sketch there is nothing else to do.
+    """
+    if left is None and right is None:
+        return True
+    r0 = dy.shape[-1] if left is None else left.shape[1]
+    r1 = x.shape[-1] if right is None else right.shape[1]
+    rows = dy.shape[0] * dy.shape[1]
+    activations = rows * r0 * r1
+    activations += 0 if left is None else rows * dy.shape[-1] * r0
+    activations += 0 if right is None else rows * x.shape[-1] * r1
+    per_task = 0 if left is None else dy.shape[-1] * x.shape[-1] * r0
+    per_task += 0 if right is None else r0 * x.shape[-1] * r1
+    return (offsets.shape[0] - 1) * per_task < activations
 
 
 def segment_products(u: Tensor, v: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Helpers of the test-suite: oracles, toy architectures, one tracked step."""

@@ -1,0 +1,1 @@
+"""Toy architectures, one file per family; ``utils.architectures`` lists them all."""
