@@ -18,7 +18,7 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002  (the generator that third-party code draws from)
+    np.random.seed(0)
     torch.manual_seed(0)
 
 

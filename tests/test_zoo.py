@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+
 from tests.utils.architectures import ARCHITECTURES, Architecture
 from tests.utils.oracle import Gradients, separate_backwards, weight_copies
 from tests.utils.steps import (
@@ -51,7 +52,9 @@ def test_exact_mode(architecture: Architecture, kind: str, weighted: bool) -> No
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12, equal_nan=True, msg=f"buffer {name}")
 
     must, must_not = architecture.expected(case.model, kind)
-    assert must <= set(done.attributed), f"unattributed: { {n: done.unattributed.get(n) for n in must - set(done.attributed)} }"
+    assert must <= set(done.attributed), (
+        f"unattributed: { {n: done.unattributed.get(n) for n in must - set(done.attributed)} }"
+    )
     assert must_not <= set(done.unattributed), f"attributed: {must_not - set(done.unattributed)}"
     assert not set(done.attributed) & set(done.unattributed)
     assert all(reason for reason in done.unattributed.values())
@@ -97,7 +100,9 @@ def test_float32_gradients_are_those_of_the_untracked_model(architecture: Archit
     for name, grad in plain.items():
         assert relative_error(done.grads[name], grad, parts[name], floor) <= 1e-6, name
     must, must_not = architecture.expected(case.model, kind)
-    assert must <= set(done.attributed), f"unattributed: { {n: done.unattributed.get(n) for n in must - set(done.attributed)} }"
+    assert must <= set(done.attributed), (
+        f"unattributed: { {n: done.unattributed.get(n) for n in must - set(done.attributed)} }"
+    )
     assert must_not <= set(done.unattributed)
 
 
@@ -192,7 +197,7 @@ def test_the_sketch_is_unbiased(d_in: int, d_out: int, sketch_dim: int) -> None:
 
 
 def test_cosine_errors_have_the_size_that_the_report_says() -> None:
-    """Over the off-diagonal cosines of many models: the errors in units of ``cosine_se`` have root mean square near 1."""
+    """Over the off-diagonal cosines of many models, the errors in units of ``cosine_se`` have a mean square near 1."""
     ratios = []
     for number in range(30):
         torch.manual_seed(number)

@@ -14,11 +14,12 @@ for batch in torch.utils.data.DataLoader(dataset, batch_sampler=sampler):
 from __future__ import annotations
 
 from . import ops
+from .batches import Batch
 from .capture import Capture, Probe, Unattributed, per_example, register_capture
 from .coverage import Coverage
 from .report import StepReport
 from .rows import Rows
-from .tracker import Batch, TaskGradTracker, track
+from .tracker import TaskGradTracker, track
 
 __version__ = "0.1.0"
 

@@ -19,8 +19,8 @@ REASON = (
 )
 
 
-def gradients_disagree(probes: Sequence[Probe], gradient: Tensor, total: Tensor, half: bool) -> list[tuple[Probe, str]]:
-    """Probes with Σ_t S_t + S_rest ≠ c · S(param.grad), c one scalar for all (clipping, loss scale).
+def gradients_disagree(probes: Sequence[Probe], gradient: Tensor, total: Tensor, half: bool) -> list[Probe]:
+    """Probes with Σ_t S_t + S_rest ≠ c · S(param.grad), c one scalar for all (clipping, loss scale, averaging over ranks).
 
     Args:
         probes: those to check.
@@ -28,37 +28,34 @@ def gradients_disagree(probes: Sequence[Probe], gradient: Tensor, total: Tensor,
         total: its column sums [K].
         half: some layer ran in half precision.
     """
-    pairs = []
+    mine, theirs, parts, tolerance = [], [], [], []
     for probe in probes:
+        ours = total[probe.columns].double()
         grad = probe.param.grad
-        mine = total[probe.columns].double()
-        if grad is None:
-            theirs = torch.zeros_like(mine)
-        else:
-            theirs = probe.sketch(grad.detach().double()[None])[0]
-        parts = gradient[:, probe.columns].double().norm()
-        pairs.append((probe, mine, theirs, parts))
-    scale = _common_scale([(mine, theirs) for _, mine, theirs, _ in pairs])
-    whole = scale * torch.stack([mine.norm() for _, mine, _, _ in pairs]).norm()
-    bad = []
-    for probe, mine, theirs, parts in pairs:
-        dtype = torch.float64 if probe.tap.dtype == torch.float64 else torch.float32
+        mine.append(ours)
+        theirs.append(torch.zeros_like(ours) if grad is None else probe.sketch(grad.detach().double()[None])[0])
+        parts.append(gradient[:, probe.columns].double().norm())
         low = half or probe.param.dtype in (torch.bfloat16, torch.float16)
-        tolerance = HALF_TOLERANCE if low else TOLERANCE[dtype]
-        allowed = tolerance * torch.maximum(theirs.norm(), scale * parts) + NEGLIGIBLE[dtype] * whole
-        if bool((theirs - scale * mine).norm() > allowed):
-            bad.append((probe, REASON))
-    return bad
+        tolerance.append(HALF_TOLERANCE if low else TOLERANCE[probe.tap.dtype])
+    size = torch.stack(parts)
+    own = torch.stack([m.norm() for m in mine])
+    other = torch.stack([t.norm() for t in theirs])
+    limit = torch.tensor(tolerance, dtype=torch.float64, device=own.device)
+    negligible = NEGLIGIBLE[probes[0].tap.dtype]
 
+    def allowed(scale: Tensor) -> Tensor:
+        return limit * torch.maximum(other, scale.abs() * size) + negligible * scale.abs() * own.norm()
 
-def _common_scale(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Median over parameters of the scale that fits best, weighted by the size of the gradient."""
-    square = torch.stack([mine.square().sum() for mine, _ in pairs])
-    fit = torch.stack([(mine * theirs).sum() for mine, theirs in pairs]) / square
-    known = square > 0
-    if not bool(known.any()):
-        return torch.ones((), dtype=torch.float64, device=square.device)
-    order = torch.argsort(fit[known])
-    weight = square[known].sqrt()[order].cumsum(0)
-    middle = int(torch.searchsorted(weight, weight[-1] / 2))
-    return fit[known][order][min(middle, len(order) - 1)]
+    def agreeing(scale: Tensor) -> Tensor:
+        error = torch.stack([(t - scale * m).norm() for m, t in zip(mine, theirs, strict=True)])
+        return error <= allowed(scale)
+
+    # the scale on which most parameters agree; of equals the one nearest to 1
+    product = torch.stack([(m * t).sum() for m, t in zip(mine, theirs, strict=True)])
+    fits = torch.where(own > 0, product / own.square().clamp(min=1e-300), 1.0)
+    candidates = torch.cat([torch.ones(1, dtype=torch.float64, device=own.device), fits]).unique()
+    candidates = candidates[torch.argsort((candidates - 1).abs())]
+    square = other.square() - 2 * candidates[:, None] * product + candidates[:, None].square() * own.square()
+    counts = (square.clamp(min=0).sqrt() <= torch.stack([allowed(c) for c in candidates])).sum(1)
+    good = agreeing(candidates[int(counts.argmax())])
+    return [p for p, ok in zip(probes, good.tolist(), strict=True) if not ok]

@@ -14,6 +14,7 @@ from .coverage import Coverage
 from .sketch import sketch_map
 
 NOT_CALLED = "no tracked forward has called its module (or only through a function that takes the weight itself)"
+ADDED = "came to the model after tracking began; tracker.remove() and track() again"
 LEFT_OUT = "left out by include"
 
 
@@ -30,7 +31,7 @@ class Probes:
         include: Callable[[str, nn.Module], bool] | None,
     ) -> None:
         register_transformers()
-        self.num_tasks, self.sketch_dim, self.seed = num_tasks, sketch_dim, seed
+        self.model, self.num_tasks, self.sketch_dim, self.seed = model, num_tasks, sketch_dim, seed
         self.params = dict(model.named_parameters())
         self.names = {id(p): name for name, p in self.params.items()}
         self.reasons: dict[str, str] = {}
@@ -60,14 +61,19 @@ class Probes:
         # a parameter may also hang on a container that never uses it; the sum guard finds out if it does
         self.reasons.update({n: r for n, r in strangers.items() if n not in claimed and n not in self.reasons})
         self._flags: tuple[bool, ...] = ()
-        self.refresh()
+        self._stale = True
+        self.refresh(between_steps=True)
 
-    def refresh(self) -> bool:
-        """Follow parameters that were frozen, thawed or moved; True if columns were added."""
+    def refresh(self, between_steps: bool) -> bool:
+        """Follow parameters that were frozen, thawed or moved; True if columns were added.
+
+        What was dropped is taken off its modules only between steps: activation checkpointing must find at the
+        recomputation what it saw in the forward.
+        """
         flags = tuple(p.requires_grad for p in self.params.values())
         width = self.width
-        if flags != self._flags:
-            self._flags = flags
+        if flags != self._flags or (self._stale and between_steps):
+            self._flags, self._stale = flags, False
             for site in self.sites:
                 site.probes = {
                     attr: self._probe(site.module._parameters[attr])
@@ -98,7 +104,7 @@ class Probes:
         """Leave parameter ``name`` out of every number from now on, and say so once."""
         if name not in self.reasons:
             self.reasons[name] = reason
-            self._flags = ()
+            self._stale = True
             self._warn({name: reason})
 
     def warn_of_gaps(self) -> None:
@@ -112,14 +118,16 @@ class Probes:
             names = "; ".join(f"{n} ({r})" for n, r in missing.items())
             warnings.warn(f"taskgrad: left out of every number, see tracker.coverage(): {names}", stacklevel=2)
 
-    def collect_reasons(self) -> None:
-        """Drop the parameters of modules that saw rows which are not the batch's."""
+    def collect_reasons(self) -> list[Probe]:
+        """Drop the parameters of modules that saw rows which are not the batch's; the newly dropped."""
+        dropped = []
         for site in self.sites:
             if site.reason is not None:
                 for probe in site.probes.values():
-                    self.drop(probe.name, f"{site.name}: {site.reason}")
-        if not self._flags:
-            self.refresh()
+                    if probe.name not in self.reasons:
+                        self.drop(probe.name, f"{site.name}: {site.reason}")
+                        dropped.append(probe)
+        return dropped
 
     @property
     def device(self) -> torch.device:
@@ -147,6 +155,12 @@ class Probes:
         for probe in self.probes.values():
             probe.tap.grad = None
 
+    def scale_taps(self, factor: Tensor) -> None:
+        """Multiply what the taps hold."""
+        for probe in self.probes.values():
+            if probe.tap.grad is not None:
+                probe.tap.grad.mul_(factor)
+
     def theta(self) -> Tensor:
         """Sketch of the parameters themselves, [K] in float64: differences of it are sketches of updates."""
         out = torch.zeros(self.width, dtype=torch.float64, device=self.device)
@@ -167,11 +181,13 @@ class Probes:
 
     def coverage(self, verified: bool) -> Coverage:
         """What counts and what does not, over the parameters that train now."""
-        trainable = {n: p for n, p in self.params.items() if p.requires_grad}
+        trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         missing = {n: self.reasons[n] for n in trainable if n in self.reasons}
-        for name in trainable:
+        for name, param in trainable.items():
             probe = self.probes.get(name)
-            if name not in missing and (probe is None or not probe.seen):
+            if id(param) not in self.names:
+                missing[name] = ADDED
+            elif name not in missing and (probe is None or not probe.seen):
                 missing[name] = NOT_CALLED
         attributed = tuple(n for n in trainable if n not in missing)
         total = sum(p.numel() for p in trainable.values())

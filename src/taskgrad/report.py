@@ -23,7 +23,7 @@ class StepReport:
 
     Attributes:
         tasks: names of the T tasks.
-        step: steps closed so far; 0 before the first.
+        step: steps closed so far, abandoned ones included; 0 before the first.
         valid: False for a step that was abandoned (non-finite or vanished gradients); then the numbers are NaN and the
             memory was left alone.
         examples: int64, examples of the batch that hold the task.

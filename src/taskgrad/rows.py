@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 
 class Rows:
@@ -15,8 +16,8 @@ class Rows:
         offsets: int64 [T + 2] on the CPU; task t owns ``order[offsets[t]:offsets[t + 1]]``.
         examples: int64 [T + 1], how many examples (entries of the first dimension) hold the task.
         weight: float64 [T + 1], summed weights of the rows of the task.
-        receipt: scalar leaf; every captured layer adds 1 to its gradient, so that a gradient means that a backward
-            pass ran through this batch.
+        ran: a backward pass ran through this batch.
+        receipt: scalar leaf that every captured layer takes as an input; its gradient arriving is how ``ran`` is known.
         half: a captured layer ran in bfloat16 or float16.
     """
 
@@ -45,18 +46,39 @@ class Rows:
             check_weight(weight, self.shape)
             flat = weight.detach().cpu().double().reshape(-1)
             self.weight = torch.bincount(segment, weights=flat, minlength=num_tasks + 1)
-        self.receipt = torch.zeros((), device=device, requires_grad=True)
+        self.ran = False
         self.half = False
+        self._receipt: Tensor | None = torch.zeros((), device=device, requires_grad=True)
+        self._weak = TensorWeakRef(self._receipt)
+        self._receipt.register_post_accumulate_grad_hook(self._received)
+
+    def _received(self, _: Tensor) -> None:
+        self.ran = True
+
+    @property
+    def receipt(self) -> Tensor:
+        """The leaf, also for a layer that is run again in the backward pass."""
+        receipt = self._weak() if self._receipt is None else self._receipt
+        assert receipt is not None
+        return receipt
+
+    def share_receipt(self, other: Rows) -> None:
+        """Other rows of the same batch: a backward pass through them is one through the batch."""
+        self._receipt = other.receipt
+
+    def release(self) -> None:
+        """The forward is over: from now on only the graph holds the receipt."""
+        self._receipt = None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a graph that has not been run backward still exists."""
+        return not self.ran and self._weak() is not None
 
     def match(self, x: Tensor, feature_dims: int = 1) -> bool:
         """Whether the leading dimensions of ``x`` are those of the ids, with ``feature_dims`` more at least."""
         n = len(self.shape)
         return x.dim() >= n + feature_dims and tuple(x.shape[:n]) == self.shape
-
-    @property
-    def ran(self) -> bool:
-        """Whether a backward pass ran through this batch."""
-        return self.receipt.grad is not None
 
 
 def check_ids(ids: Tensor, num_tasks: int) -> None:

@@ -29,6 +29,20 @@ Trace = dict[tuple[str, int], tuple[Tensor, Tensor]]
 Disturb = Callable[[Site, Tensor], Tensor]
 
 
+class FirstCall:
+    """The forward pre-hook of the tracked model. Copies and pickles of the model get one that does nothing."""
+
+    def __init__(self, verify: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None) -> None:
+        self.verify = verify
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.verify is not None:
+            self.verify(args, kwargs)
+
+    def __reduce__(self) -> tuple[type[FirstCall], tuple[()]]:
+        return FirstCall, ()
+
+
 def failing_sites(
     model: nn.Module, owner: Owner, rows: Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, str] | None:
@@ -40,6 +54,8 @@ def failing_sites(
     """
 
     def trace(a: Any, k: Any, dims: int, disturb: Disturb | None = None) -> Trace:
+        # copies: a model may write into its input
+        a, k = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (a, dict(k)))
         with undisturbed(model):
             return _trace(model, owner, rows.shape[:dims], a, k, disturb)
 

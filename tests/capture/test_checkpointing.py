@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from typing import Any
 
@@ -47,10 +48,8 @@ class Checkpointed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for number in range(len(self.blocks)):
-            if self.enabled:
-                x = checkpoint(self.block, x, number, use_reentrant=False)
-            else:
-                x = self.block(x, number)
+            run = functools.partial(checkpoint, self.block, use_reentrant=False) if self.enabled else self.block
+            x = run(x, number)
         return self.head(x)
 
 

@@ -1,4 +1,4 @@
-"""Corners where a taken-over weight gradient, an extra forward pass or a recomputation goes wrong most easily."""
+"""Corners where a taken-over weight gradient or an extra forward pass goes wrong most easily."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
 
 import taskgrad as tg
 from tests.utils.architectures import ARCHITECTURES, squared_error
@@ -23,7 +22,6 @@ from tests.utils.steps import (
     plain_grads,
     relative_error,
     run_batch,
-    tracked_step,
 )
 
 IDS = torch.tensor([2, 0, -1, 1, 0, 2])
@@ -178,14 +176,16 @@ def test_a_model_that_writes_into_its_input() -> None:
 
 
 def test_a_model_called_around_its_hooks_is_verified_or_says_that_it_is_not() -> None:
-    """``training_step`` of a Lightning module, ``model.forward(x)``, ``model.loss(x)``: ``model(...)`` never happens."""
+    """A Lightning ``training_step``, ``model.forward(x)``, ``model.loss(x)``: ``model(...)`` never happens."""
     case = make_case(ARCHITECTURES["permuted"], "example")
     tracker = tg.track(case.model, tasks=list(TASKS), mode="exact")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with tracker.batch(case.ids):
-            case.row_loss(case.model.forward(*case.args)).mean().backward()
-        tracker.step()
+        for _ in range(3):
+            with tracker.batch(case.ids):
+                case.row_loss(case.model.forward(*case.args)).mean().backward()
+            tracker.step()
+            case.model.zero_grad()
     said = any("verif" in str(w.message) for w in caught)
     assert said or "inner.weight" in tracker.coverage().unattributed
 
@@ -215,97 +215,6 @@ def test_a_model_that_computes_its_own_loss(name: str) -> None:
     assert set(tracker.coverage().attributed) == set(stacked), tracker.coverage().unattributed
 
 
-# -- checkpointing, where the forward runs twice -----------------------------------------------------------------------
-
-
-class Regions(nn.Module):
-    """``body`` inside a checkpointed region; what comes after may change the tracker's mind about its layers."""
-
-    def __init__(self, reentrant: bool = False, late: str = "none") -> None:
-        super().__init__()
-        self.reentrant, self.late = reentrant, late
-        self.stem, self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-        if late == "tied":
-            self.head.weight = self.body.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.stem(x))
-        x = torch.tanh(checkpoint(self.body, x, use_reentrant=self.reentrant))
-        if self.late == "shared":
-            return self.body(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        if self.late == "tied":
-            return self.head(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        return self.head(x)
-
-
-@pytest.mark.parametrize("inside", [True, False], ids=["backward_inside", "backward_outside"])
-@pytest.mark.parametrize("late", ["shared", "tied"])
-@pytest.mark.parametrize("verify", [True, False])
-def test_a_layer_dropped_between_forward_and_recomputation(late: str, verify: bool, inside: bool) -> None:
-    case = case_of(Regions(late=late), torch.randn(6, 2, 3, dtype=torch.float64))
-    oracle = separate_backwards(*case.oracle_arguments)
-    tracker = tg.track(case.model, tasks=list(TASKS), mode="exact", verify=verify)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        with tracker.batch(IDS):
-            loss = case.loss()
-            if inside:
-                loss.backward()
-        if not inside:
-            loss.backward()
-        tracker.step()
-    for name, p in case.model.named_parameters():
-        if name in oracle:
-            assert p.grad is None or relative_error(p.grad, oracle[name].sum(0), oracle[name]) <= 1e-12, name
-    assert "body.weight" in tracker.coverage().unattributed
-    assert_report(tracker.report(), Expected.of(oracle, tracker.coverage().attributed, IDS, None), 1e-9)
-
-
-@pytest.mark.filterwarnings("ignore:.*:UserWarning")
-def test_reentrant_checkpointing_is_right_or_left_out() -> None:
-    case = case_of(Regions(reentrant=True), torch.randn(6, 2, 3, dtype=torch.float64))
-    twin = case_of(Regions(), *case.args)
-    twin.model.load_state_dict(case.model.state_dict())
-    oracle = separate_backwards(*twin.oracle_arguments)
-    tracker = tg.track(case.model, tasks=list(TASKS), mode="exact")
-    run_batch(tracker, case)
-    tracker.step()
-    for name, p in case.model.named_parameters():
-        assert p.grad is not None
-        assert relative_error(p.grad, oracle[name].sum(0), oracle[name]) <= 1e-12, name
-    assert_report(tracker.report(), Expected.of(oracle, tracker.coverage().attributed, IDS, None), 1e-9)
-
-
-def test_a_batch_whose_backward_never_came_does_not_block_the_next() -> None:
-    """``if not loss.isfinite(): continue`` under checkpointing."""
-    case = case_of(Regions(), torch.randn(6, 2, 3, dtype=torch.float64))
-    oracle = separate_backwards(*case.oracle_arguments)
-    tracker = tg.track(case.model, tasks=list(TASKS), mode="exact")
-    for _ in range(2):
-        with tracker.batch(IDS.roll(1)):
-            loss = case.loss()
-        del loss
-    run_batch(tracker, case)
-    tracker.step()
-    assert tracker.report().examples.tolist() == [2, 1, 2]
-    assert_report(tracker.report(), Expected.of(oracle, oracle, IDS, None), 1e-9)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled_with_checkpointing() -> None:
-    case = case_of(Regions(), torch.randn(6, 2, 3, dtype=torch.float64))
-    oracle = separate_backwards(*case.oracle_arguments)
-    tracker = tg.track(case.model, tasks=list(TASKS), mode="exact")
-    torch.compiler.reset()
-    compiled = torch.compile(case.model, backend="aot_eager", fullgraph=True)
-    with tracker.batch(IDS):
-        case.row_loss(compiled(*case.args)).mean().backward()
-    tracker.step()
-    torch.compiler.reset()
-    assert_report(tracker.report(), Expected.of(oracle, oracle, IDS, None), 1e-9)
-    assert set(tracker.coverage().attributed) == set(oracle)
-
-
 # -- gathered rows -----------------------------------------------------------------------------------------------------
 
 
@@ -317,7 +226,7 @@ def test_rows_of_the_wrong_length_are_left_out() -> None:
         with tracker.batch(case.ids):
             case.loss().backward()
         tracker.step()
-    assert {name for name in tracker.coverage().unattributed} == {
+    assert set(tracker.coverage().unattributed) == {
         name for name, _ in case.model.named_parameters() if name.startswith("experts")
     }
 
@@ -342,86 +251,3 @@ def test_an_exception_inside_rows_restores_the_batch() -> None:
         case.loss().backward()
     tracker.step()
     assert_report(tracker.report(), Expected.of(oracle, oracle, case.ids, None), 1e-9)
-
-
-# -- numbers -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["exact", "sketch"])
-@pytest.mark.parametrize("count", [1, 2, 40])
-def test_any_number_of_tasks(count: int, mode: str) -> None:
-    case = make_case(ARCHITECTURES["gpt_row_positions_tied"], "example")
-    case.ids = torch.tensor([0, count - 1, -1, count // 2, 0, count - 1])
-    oracle = separate_backwards(case.model, (case.args, case.kwargs), case.row_loss, case.ids, count)
-    tracker = tg.track(case.model, tasks=[f"task {t}" for t in range(count)], mode=mode, sketch_dim=4096)  # type: ignore[arg-type]
-    run_batch(tracker, case)
-    tracker.step()
-    assert_report(tracker.report(), Expected.of(oracle, oracle, case.ids, None), 1e-9)
-
-
-def test_integer_weights_and_weights_of_zero() -> None:
-    """``(labels != -100).sum(1)`` is int64 and may be zero for all rows of a task."""
-    case = make_case(ARCHITECTURES["mlp"], "example")
-    case.weight = torch.tensor([3, 1, 2, 0, 4, 5])
-    case.ids = torch.tensor([2, 0, -1, 1, 0, 2])
-    oracle = separate_backwards(*case.oracle_arguments)
-    done = tracked_step(case)
-    assert done.report.tokens.tolist() == [5.0, 0.0, 8.0]
-    assert done.report.norm.isnan().tolist() == [False, True, False]
-    assert relative_error(done.report.gram, Expected.of(oracle, oracle, case.ids, case.weight).gram) <= 1e-10
-    case.model.zero_grad()
-    case.weight = None
-    run_batch(done.tracker, case)
-    done.tracker.step()
-    assert done.tracker.report().signal.isnan().tolist() == [False, True, False]
-
-
-def test_reports_do_not_change_afterwards() -> None:
-    case = make_case(ARCHITECTURES["mlp"], "example")
-    optimizer = torch.optim.SGD(case.model.parameters(), lr=0.5)
-    tracker = tg.track(case.model, tasks=list(TASKS), optimizer=optimizer, mode="exact")
-    kept = []
-    for _ in range(4):
-        optimizer.zero_grad()
-        run_batch(tracker, case)
-        optimizer.step()
-        kept.append((tracker.report(), str(tracker.report().to_dict())))
-        assert tracker.report() is tracker.report()
-    for report, text in kept:
-        assert str(report.to_dict()) == text
-
-
-def test_a_restored_tracker_goes_on_as_if_nothing_had_happened() -> None:
-    case = make_case(ARCHITECTURES["gpt_row_positions_tied"], "example")
-    twin = to_double(case.model)
-    reports: list[list[tg.StepReport]] = [[], []]
-    tracker = None
-    for number, model in enumerate((case.model, twin)):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        tracker = tg.track(model, tasks=list(TASKS), optimizer=optimizer)
-        run = Case(model, case.args, case.kwargs, case.row_loss, case.ids, None)
-        for step in range(6):
-            if number == 1 and step == 3:
-                state = tracker.state_dict()
-                tracker.remove()
-                tracker = tg.track(model, tasks=list(TASKS), optimizer=optimizer)
-                tracker.load_state_dict(state)
-            run.ids = case.ids.roll(step)
-            optimizer.zero_grad()
-            run_batch(tracker, run)
-            optimizer.step()
-            reports[number].append(tracker.report())
-    for first, second in zip(*reports, strict=True):
-        assert first.to_dict() == second.to_dict()
-
-
-def test_layers_added_after_tracking_began_are_listed() -> None:
-    """An adapter put on later has parameters that no number covers."""
-    case = make_case(ARCHITECTURES["mlp"], "example")
-    tracker = tg.track(case.model, tasks=list(TASKS), mode="exact")
-    case.model.append(nn.Linear(3, 3).double())  # type: ignore[operator]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        run_batch(tracker, case)
-        tracker.step()
-    assert {"6.weight", "6.bias"} <= set(tracker.coverage().unattributed) | set(tracker.coverage().attributed)

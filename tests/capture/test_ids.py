@@ -49,7 +49,9 @@ def test_ids_per_token(pattern: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 8, 9])
-@pytest.mark.parametrize("name", ["mlp", "mlp_tokens", "gpt_row_positions", "gpt_batch_positions", "conv1d", "pooled_head"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "mlp_tokens", "gpt_row_positions", "gpt_batch_positions", "conv1d", "pooled_head"]
+)
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_batches_of_any_size_also_those_that_equal_another_dimension(name: str, batch: int) -> None:
     """5 is the sequence length, 8 the width and the channels."""

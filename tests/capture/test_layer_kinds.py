@@ -35,7 +35,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1d_circular": (lambda: nn.Conv1d(4, 4, 3, padding=2, padding_mode="circular"), (4, 7)),
     "conv2d": (lambda: nn.Conv2d(4, 3, 3), (4, 5, 4)),
     "conv2d_stride_leftover": (lambda: nn.Conv2d(4, 3, 2, stride=(3, 2)), (4, 7, 5)),
-    "conv2d_asymmetric": (lambda: nn.Conv2d(4, 6, (1, 3), stride=(2, 1), padding=(0, 1), dilation=(1, 2), groups=2), (4, 5, 5)),
+    "conv2d_uneven": (lambda: nn.Conv2d(4, 6, (1, 3), (2, 1), padding=(0, 1), dilation=(1, 2), groups=2), (4, 5, 5)),
     "conv2d_same": (lambda: nn.Conv2d(4, 4, (2, 4), padding="same", groups=4), (4, 5, 5)),
     "conv2d_reflect": (lambda: nn.Conv2d(4, 3, 3, padding=(1, 2), padding_mode="reflect"), (4, 5, 5)),
     "conv2d_replicate_same": (lambda: nn.Conv2d(4, 3, 3, padding="same", padding_mode="replicate"), (4, 5, 5)),

@@ -174,4 +174,3 @@ def _row_dims(module: nn.Module) -> Callable[[Tensor], torch.Size] | None:
     if isinstance(module, _CHANNEL_KINDS):
         return lambda x: x.shape[:1]
     return None
-

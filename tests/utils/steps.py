@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import taskgrad as tg
 import torch
 from torch import Tensor, nn
+
+import taskgrad as tg
 
 from .architectures import ARCHITECTURES, BATCH, SEQ, Architecture
 from .oracle import Gradients, mean_loss
@@ -52,7 +53,12 @@ def mixed_ids(kind: str, batch: int = BATCH) -> Tensor:
 
 
 def make_case(
-    architecture: Architecture, kind: str, *, dtype: torch.dtype = torch.float64, weighted: bool = False, batch: int = BATCH
+    architecture: Architecture,
+    kind: str,
+    *,
+    dtype: torch.dtype = torch.float64,
+    weighted: bool = False,
+    batch: int = BATCH,
 ) -> Case:
     model = architecture.build().to(dtype)
     args, kwargs = architecture.inputs(batch, dtype)
@@ -64,8 +70,8 @@ def make_case(
 
 
 def relative_error(got: Tensor, want: Tensor, scale: Tensor | None = None, floor: float = 1e-290) -> float:
-    """Norm of the difference over the norm of ``scale`` (``want`` by default; of the parts, where a sum cancels), or over a
-    million times ``floor`` where that norm is below ``floor``."""
+    """Norm of the difference over the norm of ``scale`` (``want`` by default; of the parts, where a sum cancels), or
+    over a million times ``floor`` where that norm is below ``floor``."""
     size = (want if scale is None else scale).double().norm().item()
     return ((got.double() - want.double()).norm() / (size if size > floor else 1e6 * floor)).item()
 

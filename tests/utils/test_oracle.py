@@ -6,6 +6,7 @@ import fnmatch
 
 import pytest
 import torch
+
 from tests.utils.architectures import ARCHITECTURES, Architecture
 from tests.utils.oracle import mean_loss, separate_backwards, to_double, weight_copies
 from tests.utils.steps import CASES, Case, case_id, make_case, negligible, relative_error

@@ -45,12 +45,12 @@ class Site:
             if owner.observer is not None:
                 return owner.observer(self, args, kwargs)
             rows = owner.current_rows()
-            if rows is None or not self.probes or self.reason is not None:
+            if rows is None or not self.probes:
                 return type(this).forward(this, *args, **kwargs)
             try:
                 return self.capture.forward(this, rows, self.probes, *args, **kwargs)
             except Unattributed as error:
-                self.reason = str(error)
+                self.reason = str(error)  # takes effect between steps: a recomputation must do as this call does
                 return type(this).forward(this, *args, **kwargs)
 
         forward.taskgrad_site = self  # type: ignore[attr-defined]

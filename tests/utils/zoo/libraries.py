@@ -52,7 +52,9 @@ def t5() -> nn.Module:
 
 
 def lora() -> nn.Module:
-    config = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.0, target_modules=["q", "kv", "head"], init_lora_weights=False)
+    config = LoraConfig(
+        r=2, lora_alpha=4, lora_dropout=0.0, target_modules=["q", "kv", "head"], init_lora_weights=False
+    )
     return get_peft_model(GPT("row"), config)  # type: ignore[arg-type]
 
 

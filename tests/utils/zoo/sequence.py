@@ -178,7 +178,11 @@ ARCHITECTURES = [
     Architecture("gpt_row_positions_tied", lambda: GPT("row", tied=True), tokens(), tokens=True),
     Architecture("gpt_batch_positions", lambda: GPT("batch"), tokens(), tokens=True),
     Architecture(
-        "gpt_flat_positions", lambda: GPT("flat"), tokens(), tokens=True, unattributed={"position.*": "rows are positions"}
+        "gpt_flat_positions",
+        lambda: GPT("flat"),
+        tokens(),
+        tokens=True,
+        unattributed={"position.*": "rows are positions"},
     ),
     Architecture("gpt_dropout", lambda: GPT("row", dropout=0.2), tokens(), tokens=True),
     Architecture("gpt_padding_idx", lambda: GPT("row", padding_idx=3), tokens(), tokens=True),

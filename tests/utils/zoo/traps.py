@@ -142,7 +142,9 @@ class BatchAttention(nn.Module):
 UNSEEN = "weight also used outside its layer"
 
 ARCHITECTURES = [
-    Architecture("functional_head", FunctionalHead, tokens(), tokens=True, token_wise=True, unattributed={"embedding.*": UNSEEN}),
+    Architecture(
+        "functional_head", FunctionalHead, tokens(), tokens=True, token_wise=True, unattributed={"embedding.*": UNSEEN}
+    ),
     Architecture("transposed_tie", TransposedTie, floats(7), unattributed={"encode.weight": UNSEEN}),
     Architecture(
         "wrapped",
@@ -152,7 +154,9 @@ ARCHITECTURES = [
         either=("normed.bias",),
     ),
     Architecture("permuted", Permuted, floats(7), unattributed={"inner.*": "rows are permuted"}),
-    Architecture("shared_across_rows", SharedAcrossRows, floats(3, 7), unattributed={"shared.*": "rows are tokens in one call"}),
+    Architecture(
+        "shared_across_rows", SharedAcrossRows, floats(3, 7), unattributed={"shared.*": "rows are tokens in one call"}
+    ),
     Architecture(
         "learned_query",
         LearnedQuery,

@@ -1,0 +1,136 @@
+"""Reports on their way from the device: copied without waiting, built when they are asked for."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .report import StepReport
+from .sketch import SketchMap
+
+VECTORS = (
+    "others_cosine",
+    "others_cosine_mean",
+    "others_cosine_std",
+    "norm",
+    "signal",
+    "overwrite",
+    "overwrite_se",
+    "pull",
+    "own_pull",
+    "own_effect",
+    "others_effect",
+    "update_effect",
+    "gained",
+    "undone",
+    "retention",
+    "retention_se",
+    "curvature",
+    "predicted_effect",
+)
+
+
+class Delivery:
+    """One step's tensors, copied to the host in the background.
+
+    Args:
+        values: tensors on the device, by name of the report's field, and ``valid``, ``loss`` (may be missing) and ``block``.
+    """
+
+    def __init__(
+        self, tasks: tuple[str, ...], step: int, values: Mapping[str, Tensor], maps: tuple[SketchMap, ...]
+    ) -> None:
+        self.tasks, self.step, self.maps = tasks, step, maps
+        device = values["valid"].device
+        self.event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self.values = {k: v.to("cpu", non_blocking=True) for k, v in values.items()}
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(device))
+        else:
+            self.values = dict(values)
+
+    @property
+    def arrived(self) -> bool:
+        return self.event is None or self.event.query()
+
+    def wait(self) -> None:
+        if self.event is not None:
+            self.event.synchronize()
+
+    def build(self) -> StepReport:
+        values = dict(self.values)
+        if not bool(values.pop("valid")):
+            return invalid_report(
+                self.tasks, self.step, values["steps_since_seen"], values["examples"], values["tokens"]
+            )
+        return StepReport(
+            tasks=self.tasks,
+            step=self.step,
+            valid=True,
+            loss=values.pop("loss", None),
+            _block=values.pop("block").double(),
+            _maps=tuple(m.to(torch.device("cpu")) for m in self.maps),
+            **values,
+        )
+
+
+class Mailbox:
+    """The newest report that has arrived."""
+
+    def __init__(self) -> None:
+        self.report: StepReport | None = None
+        self._on_the_way: deque[Delivery] = deque()
+
+    def send(self, delivery: Delivery) -> None:
+        self._take()
+        self._on_the_way.append(delivery)
+
+    def put(self, report: StepReport) -> None:
+        """A report that needs no delivery; it supersedes what is on the way."""
+        self._on_the_way.clear()
+        self.report = report
+
+    def newest(self, wait: bool) -> StepReport | None:
+        if wait and self._on_the_way:
+            self._on_the_way[-1].wait()
+        self._take(build=True)
+        return self.report
+
+    def _take(self, build: bool = False) -> None:
+        """Drop what a newer arrival supersedes; build the newest arrival when asked."""
+        while len(self._on_the_way) > 1 and self._on_the_way[1].arrived:
+            self._on_the_way.popleft()
+        if build and self._on_the_way and self._on_the_way[0].arrived:
+            self.report = self._on_the_way.popleft().build()
+
+
+def invalid_report(
+    tasks: tuple[str, ...],
+    step: int,
+    steps_since_seen: Tensor,
+    examples: Tensor | None = None,
+    tokens: Tensor | None = None,
+) -> StepReport:
+    """The report of a step that told nothing: NaN everywhere but in the counts."""
+    count = len(tasks)
+    nan = torch.full((count,), torch.nan, dtype=torch.float64)
+    square = nan[:, None].expand(count, count)
+    return StepReport(
+        tasks=tasks,
+        step=step,
+        valid=False,
+        examples=torch.zeros(count, dtype=torch.int64) if examples is None else examples,
+        tokens=torch.zeros(count, dtype=torch.float64) if tokens is None else tokens,
+        loss=None,
+        gram=square,
+        cosine=square,
+        memory_dot=nan[:, None].expand(count, count + 1),
+        steps_since_seen=steps_since_seen,
+        _block=square[:, :0],
+        _maps=(),
+        **dict.fromkeys(VECTORS, nan),
+    )

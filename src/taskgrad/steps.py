@@ -1,0 +1,230 @@
+"""The two halves of a step: gradients are read just before the parameters move, and enter the memory just after."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.amp import GradScaler
+
+from .batches import Batch, Batches
+from .delivery import Delivery, Mailbox, invalid_report
+from .guard import REASON, gradients_disagree
+from .memory import Reading, TaskMemory
+from .ops.sum_gram import sum_gram
+from .overwrite import Overwriting
+from .probe import StepProbe
+from .probes import Probes
+from .reduce import all_reduce_flat, world_size
+from .report import StepReport, cosines
+
+GUARD_FIRST, GUARD_EVERY = 3, 100  # steps on which the sum over tasks is compared with param.grad
+
+
+@dataclass
+class _Open:
+    """What the first half leaves to the second."""
+
+    reading: Reading
+    gradient: Tensor
+    gram: Tensor
+    weight: Tensor
+    examples: Tensor
+    loss: Tensor | None
+    valid: Tensor
+
+
+class Steps:
+    """Memory, windows and reports of a tracker, advanced by ``read`` and ``close``.
+
+    Nothing here waits for a GPU, but on the few steps on which the guard compares with ``param.grad``.
+    """
+
+    def __init__(
+        self,
+        tasks: tuple[str, ...],
+        probes: Probes,
+        batches: Batches,
+        *,
+        memory_decay: float,
+        loss_scale: GradScaler | Tensor | None,
+        guard: bool,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.tasks, self.probes, self.batches = tasks, probes, batches
+        self.count = 0
+        self.probe: StepProbe | None = None
+        self.gradient: Tensor | None = None
+        dtype = next(iter(probes.probes.values())).tap.dtype
+        self.memory = TaskMemory(len(tasks), probes.width, memory_decay, dtype, probes.device)
+        self.overwriting = Overwriting(len(tasks), probes.device)
+        self.mail = Mailbox()
+        self._loss_scale, self._guard, self._group = loss_scale, guard, group
+        self._open: _Open | None = None
+        self.follow_parameters()
+
+    def follow_parameters(self) -> None:
+        """Take the parameters as they stand now."""
+        self.theta, self._versions = self.probes.theta(), self.probes.versions()
+
+    def begin(self) -> None:
+        """Before a batch: a step that did not come is given up, parameters that changed since are noticed."""
+        self.abandon_if_vanished()
+        if self.probes.refresh(between_steps=not self.batches.pending):
+            self.follow_parameters()
+            self.memory.widen(self.theta)
+        elif not self.batches.pending and self.probes.versions() != self._versions:
+            self.follow_parameters()
+
+    def drop_unattributed(self) -> None:
+        """Parameters whose rows turned out not to be the batch's leave the memory too."""
+        for probe in self.probes.collect_reasons():
+            self.memory.forget_columns(probe.columns)
+
+    def abandon_if_vanished(self) -> None:
+        """Statistics whose gradients were zeroed before a step: the step will not come."""
+        if not self.probes.dirty:
+            return
+        vanished = self.probes.grads_vanished()
+        if vanished is None or (vanished.device.type == "cpu" and bool(vanished)):
+            self.mail.put(self.nothing())
+            self.batches.pending.clear()
+            self.probes.discard()
+        elif vanished.device.type != "cpu":  # between micro-batches on a GPU: masked there, without waiting
+            self.probes.scale_taps(~vanished)
+            for batch in self.batches.pending:
+                batch.kept = ~vanished if batch.kept is None else batch.kept & ~vanished
+
+    def read(self) -> None:
+        """First half: the step's gradients against the memory."""
+        if self.probe is not None:
+            self.probe.before = self.probe.measure()
+        ran = [b for b in self.batches.pending if b.task_rows.ran]
+        self.batches.pending.clear()
+        self.drop_unattributed()
+        if not ran:
+            self.probes.discard()
+            return
+        weight, examples, loss = self._counts(ran)
+        vanished = self.probes.grads_vanished()
+        gradient = self.probes.take() / self._scale()
+        if world_size(self._group) > 1:
+            gradient, weight, examples, loss = self._reduce(gradient, weight, examples, loss)
+        valid = torch.isfinite(gradient).all()
+        valid = torch.zeros_like(valid) if vanished is None else valid & ~vanished
+        total, gram = sum_gram(gradient)
+        half = any(b.task_rows.half for b in ran)
+        due = self._guard and (self.count < GUARD_FIRST or self.count % GUARD_EVERY == 0)
+        if due and bool(valid) and self._sum_guard(gradient, total, half):
+            _, gram = sum_gram(gradient)
+        if loss is not None:
+            loss = (loss / weight)[:-1]
+        reading = self.memory.read(gradient.double(), weight, self.theta)
+        self._open = _Open(reading, gradient, gram, weight, examples[:-1], loss, valid)
+
+    def _counts(self, ran: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weights, examples and summed losses of the step's batches, [T + 1] on the device."""
+        device = self.probes.device
+        weights, examples, losses = [], [], []
+        for batch in ran:
+            kept = 1 if batch.kept is None else batch.kept
+            weights.append(batch.task_rows.weight.to(device, non_blocking=True) * kept)
+            examples.append(batch.task_rows.examples.to(device, non_blocking=True) * kept)
+            if batch.task_losses is not None:
+                losses.append(batch.task_losses.to(device) * kept)
+        loss = torch.stack(losses).sum(0) if len(losses) == len(ran) else None
+        return torch.stack(weights).sum(0), torch.stack(examples).sum(0), loss
+
+    def _reduce(
+        self, gradient: Tensor, weight: Tensor, examples: Tensor, loss: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Sums over ranks, gradients averaged as DistributedDataParallel does; what one rank left out, all leave out."""
+        out = torch.tensor([float(n in self.probes.reasons) for n in self.probes.probes], device=gradient.device)
+        parts = [gradient, weight, examples, out, *([] if loss is None else [loss])]
+        gradient, weight, examples, out, *losses = all_reduce_flat(parts, self._group)
+        for probe, dropped in zip(self.probes.probes.values(), out.tolist(), strict=True):
+            if dropped:
+                self.probes.drop(probe.name, "left out on another rank")
+                gradient[:, probe.columns] = 0
+                self.memory.forget_columns(probe.columns)
+        return gradient / world_size(self._group), weight, examples, losses[0] if losses else None
+
+    def _sum_guard(self, gradient: Tensor, total: Tensor, half: bool) -> bool:
+        """Drop parameters whose tasks do not add up to ``param.grad``; True if there were any."""
+        bad = gradients_disagree(self.probes.live(), gradient, total, half)
+        for probe in bad:
+            self.probes.drop(probe.name, REASON)
+            gradient[:, probe.columns] = 0
+            self.memory.forget_columns(probe.columns)
+        return bool(bad)
+
+    def _scale(self) -> float | Tensor:
+        scale = self._loss_scale
+        if isinstance(scale, GradScaler):
+            inner: Tensor | None = scale._scale
+            return 1.0 if inner is None or not scale.is_enabled() else inner.to(self.probes.device)
+        return 1.0 if scale is None else scale
+
+    def close(self) -> None:
+        """Second half: the parameters moved, the step enters the memory, its report is sent."""
+        step, self._open = self._open, None
+        before = self.theta
+        self.follow_parameters()
+        if self.probe is not None:
+            self.probe.after = self.probe.measure()
+            self.probe = None
+        if step is None:
+            return
+        count = len(self.tasks)
+        seen = (step.weight[:count] > 0) & step.valid
+        self.count += 1
+        self.gradient = step.gradient
+        if self.count == 1:
+            self.probes.warn_of_gaps()
+        if self.count == GUARD_FIRST and self._guard and not self.batches.verified:
+            warnings.warn(
+                "taskgrad: the rows of the layers were not verified: no batch could tell, or the model was not called as "
+                "model(...) in eager mode; call tracker.verify(*inputs) inside tracker.batch(), or pass verify=False",
+                stacklevel=2,
+            )
+        reading = step.reading
+        predicted = reading.memory @ (self.theta - before)
+        had = self.memory.count > 0
+        cosine, others_cosine = cosines(step.gram)
+        self.memory.write(reading, seen, before, self.theta, self.count)
+        self.overwriting.add(reading.memory_dot, reading.own_effect, reading.others_effect, others_cosine, step.valid)
+        values = {
+            "valid": step.valid,
+            "examples": step.examples,
+            "tokens": step.weight[:count],
+            "gram": step.gram[:count, :count],
+            "cosine": cosine,
+            "others_cosine": others_cosine,
+            "norm": reading.norm,
+            "signal": reading.signal,
+            "memory_dot": reading.memory_dot,
+            "own_effect": reading.own_effect,
+            "others_effect": reading.others_effect,
+            "update_effect": reading.own_effect + reading.others_effect,
+            "curvature": reading.curvature,
+            "predicted_effect": torch.where(had, predicted, torch.nan),
+            "steps_since_seen": self._since_seen(),
+            "block": step.gradient[:count],
+            **self.overwriting.read(),
+        }
+        if step.loss is not None:
+            values["loss"] = step.loss
+        maps = tuple(p.sketch for p in self.probes.probes.values())
+        self.mail.send(Delivery(self.tasks, self.count, values, maps))
+
+    def _since_seen(self) -> Tensor:
+        last = self.memory.last_seen
+        return torch.where(last >= 0, self.count - last, -1)
+
+    def nothing(self) -> StepReport:
+        """The report of no step."""
+        return invalid_report(self.tasks, self.count, self._since_seen().cpu())
