@@ -116,7 +116,7 @@ class _RMSNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = x.to(stat_dtype(x))
         rstd = torch.rsqrt(wide.square().mean(dims, keepdim=True) + eps)
-        return (wide * rstd * weight).to(x.dtype), rstd
+        return (wide * rstd * weight).to(x.dtype).detach(), rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

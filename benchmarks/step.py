@@ -1,0 +1,180 @@
+"""The price of tracking: a whole training step, plain, tracked, and with the per-task gradients taken one by one.
+
+A GPT-like decoder trained with AdamW on random tokens, T tasks in equal parts, rows sorted by task (as
+``AdaptiveBatchSampler`` emits them). ``T backwards`` is what one would write without taskgrad: one backward pass per task,
+the gradients flattened and their Gram. ``torchjd`` (where it is installed) computes the Jacobian of the T losses by its
+``autojac`` and the Gram of it. All variants run in turn, round by round, each on its own copy of the model.
+
+    python -m benchmarks.step [--device cpu|cuda] [--rounds 9]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import taskgrad as tg
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from . import timing
+
+
+@dataclass(frozen=True)
+class Setting:
+    vocab: int
+    width: int
+    layers: int
+    batch: int
+    length: int
+    tasks: int
+    exact: bool = True  # whether T full gradients are worth waiting for
+
+
+CPU = [
+    Setting(256, 32, 2, 64, 32, 5),
+    Setting(256, 128, 4, 32, 64, 8),
+    Setting(256, 256, 4, 32, 64, 32, exact=False),
+]
+CUDA = [
+    Setting(50304, 768, 12, 16, 1024, 8, exact=False),
+    Setting(50304, 2048, 16, 8, 1024, 8, exact=False),
+]
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = max(1, width // 64)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, s: Setting) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(s.vocab, s.width), nn.Embedding(s.length, s.width)
+        self.blocks = nn.ModuleList(Block(s.width) for _ in range(s.layers))
+        self.norm, self.head = nn.LayerNorm(s.width), nn.Linear(s.width, s.vocab, bias=False)
+        self.head.weight = self.token.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device)[None])
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def losses(model: nn.Module, tokens: Tensor) -> Tensor:
+    logits = model(tokens[:, :-1])
+    return nn.functional.cross_entropy(logits.transpose(1, 2).float(), tokens[:, 1:], reduction="none").mean(1)
+
+
+def variants(s: Setting, device: torch.device) -> dict[str, Callable[[], Any]]:
+    torch.manual_seed(0)
+    base = Decoder(s).to(device)
+    tokens = torch.randint(0, s.vocab, (s.batch, s.length + 1), device=device)
+    ids = torch.arange(s.batch) * s.tasks // s.batch
+    half = device.type == "cuda"
+
+    def make(step: Callable[[nn.Module], None]) -> Callable[[], None]:
+        model = copy.deepcopy(base)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+        def run() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                step(model)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return run
+
+    def plain(model: nn.Module) -> None:
+        losses(model, tokens).mean().backward()
+
+    def tracked(mode: str) -> Callable[[], None]:
+        model = copy.deepcopy(base)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        tracker = tg.track(model, [str(t) for t in range(s.tasks)], optimizer, mode=mode)  # type: ignore[arg-type]
+
+        def run() -> None:
+            with tracker.batch(ids), torch.autocast(device.type, torch.bfloat16, enabled=half):
+                losses(model, tokens).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            tracker.report()
+
+        return run
+
+    def one_by_one(model: nn.Module) -> None:
+        params = list(model.parameters())
+        per_row = losses(model, tokens)
+        rows = []
+        for t in range(s.tasks):
+            part = per_row[ids.to(device) == t].sum() / s.batch
+            grads = torch.autograd.grad(part, params, retain_graph=t + 1 < s.tasks)
+            rows.append(torch.cat([g.flatten() for g in grads]))
+        block = torch.stack(rows)
+        _ = block @ block.T
+        for p, g in zip(params, block.sum(0).split([p.numel() for p in params]), strict=True):
+            p.grad = g.view_as(p)
+
+    def torchjd(model: nn.Module) -> None:
+        from torchjd.autojac import backward  # type: ignore[import-not-found]
+
+        per_row = losses(model, tokens)
+        backward([per_row[ids.to(device) == t].sum() / s.batch for t in range(s.tasks)], parallel_chunk_size=1)
+        block = torch.cat([p.jac.flatten(1) for p in model.parameters()], 1)  # type: ignore[attr-defined]
+        _ = block @ block.T
+        for p in model.parameters():
+            p.grad, p.jac = p.jac.sum(0), None  # type: ignore[attr-defined]
+
+    found: dict[str, Callable[[], Any]] = {"plain": make(plain), "sketch": tracked("sketch")}
+    if s.exact:
+        found |= {"exact": tracked("exact"), "T backwards": make(one_by_one)}
+        if importlib.util.find_spec("torchjd"):
+            found["torchjd"] = make(torchjd)
+    return found
+
+
+def run(device: torch.device, rounds: int = 9) -> None:
+    rows = []
+    table = Table(title=f"training step on {device}, ms (median) and times the plain step")
+    for column in ("parameters", "width", "rows", "T", "plain", "sketch", "exact", "T backwards", "torchjd"):
+        table.add_column(column, justify="right")
+    for setting in CUDA if device.type == "cuda" else CPU:
+        size = sum(p.numel() for p in Decoder(setting).parameters())
+        times = timing.interleaved(variants(setting, device), device, rounds)
+        ms = {name: timing.quartiles(values) for name, values in times.items()}
+        ratio = {n: timing.quartiles([a / b for a, b in zip(v, times["plain"], strict=True)]) for n, v in times.items()}
+        rows.append({**asdict(setting), "parameters": size, "ms": ms, "ratio": ratio})
+        cells = [f"{ms[n][1]:.1f} ({ratio[n][1]:.2f})" if n in ms else "" for n in ("sketch", "exact", "T backwards", "torchjd")]
+        count = setting.batch * setting.length
+        table.add_row(f"{size:,}", str(setting.width), str(count), str(setting.tasks), f"{ms['plain'][1]:.1f}", *cells)
+    Console(width=120).print(table)
+    print(f"written to {timing.save('step', device, rows)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    run(torch.device(args.device), args.rounds)
+
+
+if __name__ == "__main__":
+    main()

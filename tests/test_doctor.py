@@ -1,0 +1,146 @@
+"""``taskgrad doctor``, and the three ways to a native kernel it tells apart, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+import taskgrad
+from taskgrad import cli
+from taskgrad.ops import _native
+
+PACKAGE = Path(taskgrad.__file__).parent
+built_ahead = pytest.mark.skipif(bool(list(PACKAGE.glob("_C*.so"))), reason="the package carries built kernels")
+needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a compiler")
+
+CALL = """
+    import warnings, torch, taskgrad
+    from taskgrad.ops import _native, sum_gram
+    block = torch.randn(3, 1000)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            total, gram = sum_gram(block)
+    torch.testing.assert_close(gram, block.double() @ block.double().mT)
+    print(_native.status())
+    for warning in caught:
+        print(f"{warning.category.__name__}: {warning.message}")
+"""
+
+
+def python(code: str, environment: Mapping[str, str], **kwargs) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "TASKGRAD_NATIVE": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **kwargs,
+    )
+
+
+def test_json_holds_versions_and_the_kernel_in_force(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["taskgrad"] == taskgrad.__version__
+    assert facts["torch"] == torch.__version__
+    assert facts["sum_gram on cpu"] == str(_native.status())
+    assert (facts["gpu"] is None) == (not torch.cuda.is_available())
+
+
+def test_lines_name_every_fact(capsys):
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for name in (
+        "taskgrad",
+        "torch",
+        "triton",
+        "gpu",
+        "nvcc",
+        "compiler",
+        "sum_gram on cpu",
+        "sum_gram on cuda",
+    ):
+        assert f"\n{name} " in "\n" + printed
+
+
+def test_reference_on_request():
+    done = python(CALL, {"TASKGRAD_NATIVE": "0"}, check=True)
+    assert done.stdout == "reference because TASKGRAD_NATIVE=0\n"
+    assert done.stderr == ""
+
+
+def test_unknown_wish_is_an_error():
+    done = python(CALL, {"TASKGRAD_NATIVE": "yes"})
+    assert "TASKGRAD_NATIVE must be 0, 1 or unset, got 'yes'" in done.stderr
+
+
+@built_ahead
+@needs_compiler
+def test_compiled_once_then_loaded_without_a_compiler(tmp_path):
+    cache = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    first = python(CALL, cache, check=True)
+    assert first.stdout.startswith(f"compiled on first use at {tmp_path}")
+    assert first.stdout.count("\n") == 1  # no warning
+    assert first.stderr.count("taskgrad: compiling its CPU kernels, once") == 1
+    second = python(CALL, {**cache, "CXX": "no-such-compiler"}, check=True)
+    assert second.stdout == first.stdout
+    assert second.stderr == ""
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(left) == ["lock", "taskgrad_ops.so"]
+
+
+@built_ahead
+def test_without_a_compiler_the_reference_runs_and_says_so_once(tmp_path):
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "no-such-compiler"}
+    done = python(CALL, environment, check=True)
+    status, warning, *more = done.stdout.splitlines()
+    assert status.startswith("reference because no C++ compiler: 'no-such-compiler' is not on PATH")
+    assert warning.startswith("RuntimeWarning: taskgrad runs its slower reference kernels: no C++ compiler")
+    assert not more
+
+
+@built_ahead
+def test_demanded_kernels_that_cannot_be_had_are_an_error(tmp_path):
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "no-such-compiler", "TASKGRAD_NATIVE": "1"}
+    message = "TASKGRAD_NATIVE=1, but the native kernels are not available: no C++ compiler"
+    code = """
+        import taskgrad.cli, taskgrad.ops, torch
+        print("exit code", taskgrad.cli.main(["doctor"]))
+        taskgrad.ops.sum_gram(torch.ones(2, 3))
+    """
+    done = python(code, environment)
+    assert f"unavailable: {message}" in done.stdout and "exit code 1" in done.stdout
+    assert f"RuntimeError: {message}" in done.stderr
+
+
+@built_ahead
+def test_a_compiler_that_fails_is_survived(tmp_path):
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    done = python(CALL, {"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), "CXX": str(broken)}, check=True)
+    assert done.stdout.startswith("reference because ")
+    assert done.stdout.count("RuntimeWarning") == 1
+
+
+def test_import_compiles_nothing(tmp_path):
+    done = python("import taskgrad, taskgrad.ops", {"TORCH_EXTENSIONS_DIR": str(tmp_path)}, check=True)
+    assert done.stderr == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"]])
+def test_unknown_command_lists_the_known_ones(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert "command" in capsys.readouterr().err
