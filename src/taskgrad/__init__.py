@@ -19,11 +19,14 @@ from .capture import Capture, Probe, Unattributed, per_example, register_capture
 from .coverage import Coverage
 from .report import StepReport
 from .rows import Rows
+from .sampling import AdaptiveBatchSampler, AdaptiveSampler, policies
 from .tracker import TaskGradTracker, track
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveBatchSampler",
+    "AdaptiveSampler",
     "Batch",
     "Capture",
     "Coverage",
@@ -34,6 +37,7 @@ __all__ = [
     "Unattributed",
     "ops",
     "per_example",
+    "policies",
     "register_capture",
     "track",
 ]

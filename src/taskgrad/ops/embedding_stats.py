@@ -45,7 +45,7 @@ def embedding_stats(
     if left is not None:
         return dw, segment_products(left.to(dtype)[index], v, order, offsets)
     tasks = offsets.shape[0] - 1
-    segment = torch.repeat_interleave(torch.arange(tasks), offsets.diff()).to(index.device)
+    segment = torch.repeat_interleave(torch.arange(tasks), offsets.diff()).to(index.device, non_blocking=True)
     if order is not None:
         v, index = v.index_select(0, order), index.index_select(0, order)
     stats = v.new_zeros(tasks * num_embeddings, v.shape[-1])

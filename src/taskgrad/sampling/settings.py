@@ -1,0 +1,146 @@
+"""What a sampler is built with: checked once, fixed for its life, compared when a state is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .arrays import FloatArray, IntArray, frozen_floats, frozen_ints
+from .guards import Guards
+from .index import ALGORITHM
+from .inputs import TaskIndex, count_of, known, per_task
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arrays are [T]: ``sizes`` and ``max_draws`` int64, ``natural`` and ``importance`` float64, read-only."""
+
+    seed: int
+    batch_size: int
+    length: int
+    update_every: int
+    delay: int
+    horizon: int | None
+    resume: str
+    sizes: IntArray
+    natural: FloatArray
+    importance: FloatArray
+    guards: Guards
+    probe_every: int | None
+    max_epochs: float | None
+    max_draws: IntArray | None
+
+    @classmethod
+    def build(
+        cls,
+        index: TaskIndex,
+        policy: Any,
+        *,
+        seed: int,
+        batch_size: int,
+        num_batches: int | None,
+        update_every: int,
+        delay: int,
+        horizon: int | None,
+        resume: str,
+        importance: Any,
+        budget: float | None,
+        probe_every: int | None,
+        min_weight: Any,
+        max_weight: Any,
+        max_change: float | None,
+        max_epochs: float | None,
+        pinned: Sequence[str],
+    ) -> Settings:
+        """Check the arguments of a sampler; guards not given are the policy's ``guard_defaults``, else off."""
+        if resume not in ("seek", "replay"):
+            raise ValueError(f"resume must be 'seek' or 'replay', got {resume!r}")
+        tasks = index.tasks
+        given = {
+            "budget": budget,
+            "probe_every": probe_every,
+            "min_weight": min_weight,
+            "max_weight": max_weight,
+            "max_change": max_change,
+            "max_epochs": max_epochs,
+        }
+        defaults: Mapping[str, float] = getattr(policy, "guard_defaults", {})
+        unknown = sorted(set(defaults) - set(given))
+        if unknown:
+            raise ValueError(f"{type(policy).__name__}.guard_defaults names {unknown}; guards are {sorted(given)}")
+        wanted: dict[str, Any] = {name: defaults.get(name) if v is None else v for name, v in given.items()}
+
+        batch_size = count_of("batch_size", batch_size, 1)
+        examples = int(index.sizes.sum())
+        length = -(-examples // batch_size) if num_batches is None else count_of("num_batches", num_batches, 1)
+        weights_of_tasks = per_task("importance", importance, tasks, 1.0)
+        if (weights_of_tasks < 0).any():
+            raise ValueError(f"importance must not be negative, got {weights_of_tasks.tolist()}")
+        is_pinned = np.zeros(len(tasks), dtype=np.bool_)
+        for task in known("pinned", [pinned] if isinstance(pinned, str) else pinned, tasks):
+            is_pinned[tasks.index(task)] = True
+        natural = frozen_floats(index.sizes / examples)
+        return cls(
+            seed=count_of("seed", seed, 0),
+            batch_size=batch_size,
+            length=length,
+            update_every=count_of("update_every", update_every, 1),
+            delay=count_of("delay", delay, 0),
+            horizon=None if horizon is None else count_of("horizon", horizon, 1),
+            resume=resume,
+            sizes=frozen_ints(index.sizes),
+            natural=natural,
+            importance=frozen_floats(weights_of_tasks),
+            guards=Guards(
+                natural,
+                _number("budget", wanted["budget"]),
+                per_task("min_weight", wanted["min_weight"], tasks, 0.0),
+                per_task("max_weight", wanted["max_weight"], tasks, 1.0),
+                _number("max_change", wanted["max_change"]),
+                is_pinned,
+            ),
+            probe_every=(None if wanted["probe_every"] is None else count_of("probe_every", wanted["probe_every"], 1)),
+            max_epochs=_number("max_epochs", wanted["max_epochs"]),
+            max_draws=_max_draws(_number("max_epochs", wanted["max_epochs"]), index.sizes, length, batch_size),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a saved state must agree on: everything but sizes, which the ledger holds, and what may change."""
+        return {
+            "algorithm": ALGORITHM,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "num_batches": self.length,
+            "budget": self.guards.budget,
+            "probe_every": self.probe_every,
+            "min_weight": self.guards.min_weight.tolist(),
+            "max_weight": self.guards.max_weight.tolist(),
+            "max_change": self.guards.max_change,
+            "max_epochs": self.max_epochs,
+            "pinned": self.guards.pinned.tolist(),
+        }
+
+
+def _number(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _max_draws(max_epochs: float | None, sizes: IntArray, length: int, batch_size: int) -> IntArray | None:
+    if max_epochs is None:
+        return None
+    if not 1 <= max_epochs < np.inf:
+        raise ValueError(f"max_epochs must be a finite number of passes, at least 1, got {max_epochs}")
+    draws = frozen_ints(np.floor(sizes * max_epochs))
+    if int(draws.sum()) < length * batch_size:
+        raise ValueError(
+            f"max_epochs={max_epochs:g} allows {int(draws.sum())} draws, but one epoch of {length} batches of "
+            f"{batch_size} takes {length * batch_size}: raise max_epochs, or pass a smaller num_batches"
+        )
+    return draws

@@ -1,0 +1,51 @@
+"""The loop of the README: tracker, default policy, DataLoader with workers; and what sampling may import."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import taskgrad.sampling
+from taskgrad.sampling import AdaptiveBatchSampler
+from taskgrad.tracker import track
+
+TASKS = ["text", "code", "legal"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_usual_loop(workers: int) -> None:
+    torch.manual_seed(0)
+    task = torch.arange(3).repeat_interleave(torch.tensor([500, 40, 10]))
+    data = torch.utils.data.TensorDataset(torch.randn(550, 6), torch.randn(550, 1), task)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tracker = track(model, tasks=TASKS, optimizer=optimizer)
+    sampler = AdaptiveBatchSampler(task, batch_size=16, dataset=data)
+    loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, num_workers=workers)
+    for _ in range(2):
+        for x, y, ids in loader:
+            assert (ids.diff() >= 0).all()
+            with tracker.batch(ids):
+                loss = (model(x) - y).square().mean()
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            sampler.update(tracker.report())
+    tracker.remove()
+    assert sampler.tasks == tuple(TASKS)
+    assert sampler.consumed == 2 * len(sampler) == 70
+    assert sampler.realised().examples.sum() == 70 * 16
+
+
+def test_sampling_imports_nothing_above_it() -> None:
+    package = Path(taskgrad.sampling.__file__).parent
+    for path in package.rglob("*.py"):
+        depth = len(path.relative_to(package).parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level <= depth, f"{path.name} imports from outside of sampling"
+                assert not (node.module or "").startswith("taskgrad"), path.name
