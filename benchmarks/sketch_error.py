@@ -1,19 +1,20 @@
 """How far sketched numbers are from exact ones, over ``sketch_dim``: Gram, cosine, signal and effects.
 
-Two copies of a small GPT train in step on the same data, one tracked exactly, one by sketch. Errors are root mean squares
-over tasks and steps, relative to the root mean square of the exact number (cosines: absolute), and the ratio of the
-cosine's error to the reported ``cosine_se``.
+Two copies of a small GPT train in step on the same data, one tracked exactly, one by sketch. Errors are root mean
+squares over tasks and steps, relative to the root mean square of the exact number (cosines: absolute), and the ratio
+of the cosine's error to the reported ``cosine_se``.
 
     python -m benchmarks.sketch_error
 """
 
 from __future__ import annotations
 
-import taskgrad as tg
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+import taskgrad as tg
 
 from . import timing
 from .step import Decoder, Setting, losses

@@ -1,9 +1,9 @@
 """The price of tracking: a whole training step, plain, tracked, and with the per-task gradients taken one by one.
 
 A GPT-like decoder trained with AdamW on random tokens, T tasks in equal parts, rows sorted by task (as
-``AdaptiveBatchSampler`` emits them). ``T backwards`` is what one would write without taskgrad: one backward pass per task,
-the gradients flattened and their Gram. ``torchjd`` (where it is installed) computes the Jacobian of the T losses by its
-``autojac`` and the Gram of it. All variants run in turn, round by round, each on its own copy of the model.
+``AdaptiveBatchSampler`` emits them). ``T backwards`` is what one would write without taskgrad: one backward pass per
+task, the gradients flattened and their Gram. ``torchjd`` (where it is installed) computes the Jacobian of the T losses
+by its ``autojac`` and the Gram of it. All variants run in turn, round by round, each on its own copy of the model.
 
     python -m benchmarks.step [--device cpu|cuda] [--rounds 9]
 """
@@ -17,11 +17,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import taskgrad as tg
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+
+import taskgrad as tg
 
 from . import timing
 
@@ -161,7 +162,8 @@ def run(device: torch.device, rounds: int = 9) -> None:
         ms = {name: timing.quartiles(values) for name, values in times.items()}
         ratio = {n: timing.quartiles([a / b for a, b in zip(v, times["plain"], strict=True)]) for n, v in times.items()}
         rows.append({**asdict(setting), "parameters": size, "ms": ms, "ratio": ratio})
-        cells = [f"{ms[n][1]:.1f} ({ratio[n][1]:.2f})" if n in ms else "" for n in ("sketch", "exact", "T backwards", "torchjd")]
+        others = ("sketch", "exact", "T backwards", "torchjd")
+        cells = [f"{ms[n][1]:.1f} ({ratio[n][1]:.2f})" if n in ms else "" for n in others]
         count = setting.batch * setting.length
         table.add_row(f"{size:,}", str(setting.width), str(count), str(setting.tasks), f"{ms['plain'][1]:.1f}", *cells)
     Console(width=120).print(table)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import taskgrad as tg
 import torch
 from torch import Tensor, nn
+
+import taskgrad as tg
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -84,7 +84,8 @@ def _task_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def test_signal_of_redrawn_labels_is_zero_within_its_error() -> None:
-    """Parameters at rest, labels coin flips: the gradients are large and say nothing; a learnable task's signal is not 0."""
+    """Parameters at rest, labels coin flips: the gradients are large and say nothing; a learnable task's signal is not
+    0."""
     generator = torch.Generator().manual_seed(3)
     model = nn.Linear(20, 1, bias=False).double()
     nn.init.zeros_(model.weight)
@@ -155,7 +156,7 @@ def test_probe_measures_a_step() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     tracker = tg.track(model, ["a", "b"], optimizer)
     probe = tracker.probe(lambda: _task_losses(model.eval(), x, y, ids))
-    with pytest.raises(RuntimeError, match="optimizer.step"):
+    with pytest.raises(RuntimeError, match=r"optimizer\.step"):
         _ = probe.change
     before = _task_losses(model.eval(), x, y, ids)
     with tracker.batch(ids):

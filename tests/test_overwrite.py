@@ -9,7 +9,8 @@ from taskgrad.overwrite import Moments
 
 
 def test_overwrite_ratio_of_opposed_targets() -> None:
-    """One weight, two tasks that want +1 and −1, 9 to 1: ρ begins at the ratio of their shares and ends at 1 for both."""
+    """One weight, two tasks that want +1 and −1, 9 to 1: ρ begins at the ratio of their shares and ends at 1 for
+    both."""
     model = nn.Linear(1, 1, bias=False).double()
     nn.init.zeros_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)

@@ -51,7 +51,8 @@ class Batch:
 
 
 class Batches:
-    """The batches of the step so far, and the one whose forward runs now. What the sites ask (``capture.site.Owner``)."""
+    """The batches of the step so far, and the one whose forward runs now. What the sites ask
+    (``capture.site.Owner``)."""
 
     def __init__(self) -> None:
         self.observer: Callable[[Site, tuple[Any, ...], dict[str, Any]], Tensor] | None = None

@@ -43,8 +43,8 @@ class StepHooks:
             calls += 1
             if calls > 1:
                 raise RuntimeError(
-                    "taskgrad does not support optimizers that evaluate the closure more than once per step (LBFGS, some "
-                    "SAM): the step would have several gradients"
+                    "taskgrad does not support optimizers that evaluate the closure more than once per step (LBFGS, "
+                    "some SAM): the step would have several gradients"
                 )
             out = closure()
             self._begin()

@@ -37,7 +37,8 @@ class Delivery:
     """One step's tensors, copied to the host in the background.
 
     Args:
-        values: tensors on the device, by name of the report's field, and ``valid``, ``loss`` (may be missing) and ``block``.
+        values: tensors on the device, by name of the report's field, and ``valid``, ``loss`` (may be missing) and
+        ``block``.
     """
 
     def __init__(

@@ -14,13 +14,14 @@ HALF_TOLERANCE = 5e-2
 NEGLIGIBLE = {torch.float64: 1e-12, torch.float32: 1e-5}  # of the whole gradient: rounding of a vanishing one
 
 REASON = (
-    "the sum over tasks is not param.grad: the weight is also used where no tracked module sees it (a functional call, a "
-    "penalty on the weights, a forward outside of batch()), or gradients were changed one by one (clipping by value)"
+    "the sum over tasks is not param.grad: the weight is also used where no tracked module sees it (a functional call, "
+    "a penalty on the weights, a forward outside of batch()), or gradients were changed one by one (clipping by value)"
 )
 
 
 def gradients_disagree(probes: Sequence[Probe], gradient: Tensor, total: Tensor, half: bool) -> list[Probe]:
-    """Probes with Σ_t S_t + S_rest ≠ c · S(param.grad), c one scalar for all (clipping, loss scale, averaging over ranks).
+    """Probes with Σ_t S_t + S_rest ≠ c · S(param.grad), c one scalar for all (clipping, loss scale, averaging over
+    ranks).
 
     Args:
         probes: those to check.
@@ -48,7 +49,7 @@ def gradients_disagree(probes: Sequence[Probe], gradient: Tensor, total: Tensor,
 
     def agreeing(scale: Tensor) -> Tensor:
         error = torch.stack([(t - scale * m).norm() for m, t in zip(mine, theirs, strict=True)])
-        return error <= allowed(scale)
+        return error.le(allowed(scale))
 
     # the scale on which most parameters agree; of equals the one nearest to 1
     product = torch.stack([(m * t).sum() for m, t in zip(mine, theirs, strict=True)])

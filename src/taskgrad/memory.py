@@ -1,7 +1,7 @@
 """The memory of every task's gradient, and where the parameters stood when the task was last seen.
 
-m_t is the bias-corrected exponential moving average of the task's mean gradient ḡ_t over the steps in which it appeared,
-read before the current batch enters it. When t appears at step k, having last appeared at j < k,
+m_t is the bias-corrected exponential moving average of the task's mean gradient ḡ_t over the steps in which it
+appeared, read before the current batch enters it. When t appears at step k, having last appeared at j < k,
 
     own_t    = ⟨ḡ_t(k), θ_{j+1} − θ_j⟩     what its own step changed in its loss, to first order
     others_t = ⟨ḡ_t(k), θ_k − θ_{j+1}⟩     what everything since changed
@@ -88,7 +88,8 @@ class TaskMemory:
         )
 
     def write(self, reading: Reading, seen: Tensor, before: Tensor, after: Tensor, step: int) -> None:
-        """Enter the step: ``seen`` [T] are the tasks that appeared, ``before`` and ``after`` [K] the parameters around it."""
+        """Enter the step: ``seen`` [T] are the tasks that appeared, ``before`` and ``after`` [K] the parameters around
+        it."""
         mean = reading.mean_gradient.to(self.ema.dtype)
         row = seen[:, None]
         self.ema = torch.where(row, self.decay * self.ema + (1 - self.decay) * mean, self.ema)

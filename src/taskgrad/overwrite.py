@@ -1,10 +1,11 @@
 """Who is being overwritten, and what was kept: windowed ratios with their standard errors.
 
-Overwrite ratio: ρ_t = max(0, −Σ_{s≠t}⟨m_t, g_s⟩) / ⟨m_t, g_t⟩, numerator and denominator averaged over all steps of the window, those
-without t too, and clipped only after averaging (clipping every step turns noise into overwriting). At a stationary
-point of the mixture every unfinished task has ρ → 1, so 1 is no threshold.
+Overwrite ratio: ρ_t = max(0, −Σ_{s≠t}⟨m_t, g_s⟩) / ⟨m_t, g_t⟩, numerator and denominator averaged over all steps of
+the window, those without t too, and clipped only after averaging (clipping every step turns noise into overwriting).
+At a stationary point of the mixture every unfinished task has ρ → 1, so 1 is no threshold.
 
-Retention: 1 − undone_t / gained_t with gained_t = −Σ own_t and undone_t = Σ others_t over the window's appearances of t.
+Retention: 1 − undone_t / gained_t with gained_t = −Σ own_t and undone_t = Σ others_t over the window's appearances of
+t.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class Overwriting:
         self.cosine = Moments(num_tasks, WINDOW_APPEARANCES, device)
 
     def add(self, memory_dot: Tensor, own: Tensor, others: Tensor, cosine: Tensor, valid: Tensor) -> None:
-        """Enter a step: memory_dot [T, T + 1]; own and others effect and cos(g − g_t, g_t), [T], NaN where undefined."""
+        """Enter a step: memory_dot [T, T + 1]; own and others effect and cos(g − g_t, g_t), [T], NaN where
+        undefined."""
         mine = memory_dot.diagonal()
         rest = memory_dot.sum(1) - mine
         self.pull.add(-rest, mine, valid & ~mine.isnan())

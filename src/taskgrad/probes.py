@@ -108,7 +108,8 @@ class Probes:
             self._warn({name: reason})
 
     def warn_of_gaps(self) -> None:
-        """Name, after the first step, the trainable parameters that no number covers and that ``include`` did not leave out."""
+        """Name, after the first step, the trainable parameters that no number covers and that ``include`` did not
+        leave out."""
         missing = self.coverage(verified=False).unattributed
         self._warn({n: r for n, r in missing.items() if n not in self._warned and not r.endswith(LEFT_OUT)})
 

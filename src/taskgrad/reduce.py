@@ -1,4 +1,5 @@
-"""Sums over ranks: sketches are linear, so they may be all-reduced; a Gram may not (the Gram of a sum is not a sum of Grams)."""
+"""Sums over ranks: sketches are linear, so they may be all-reduced; a Gram may not (the Gram of a sum is not a sum of
+Grams)."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ from .sketch import SketchMap, cosine_error
 class StepReport:
     """Per-task gradient statistics of one optimizer step.
 
-    Tensors are float64 on the CPU unless said otherwise, [T] where no shape is given, NaN where undefined. g_t is the part
-    of the loss gradient that flows through rows of task t, ḡ_t = g_t · Σw / Σ_{rows of t} w the task's mean gradient, m_t
-    the memory of ḡ_t before this step. In sketch mode products are estimates, see ``cosine_se``.
+    Tensors are float64 on the CPU unless said otherwise, [T] where no shape is given, NaN where undefined. g_t is the
+    part of the loss gradient that flows through rows of task t, ḡ_t = g_t · Σw / Σ_{rows of t} w the task's mean
+    gradient, m_t the memory of ḡ_t before this step. In sketch mode products are estimates, see ``cosine_se``.
 
     Attributes:
         tasks: names of the T tasks.
@@ -36,8 +36,8 @@ class StepReport:
         norm: ‖ḡ_t‖.
         signal: ⟨m_t, ḡ_t⟩; at fixed parameters an unbiased estimate of ‖E ḡ_t‖².
         memory_dot: [T, T + 1], ⟨m_t, g_s⟩; negative: s pushes against t. The last column is rest (rows of no task).
-        overwrite: ρ_t = max(0, pull_t) / own_pull_t, with its standard error ``overwrite_se``; NaN unless the denominator
-            exceeds two of its standard errors.
+        overwrite: ρ_t = max(0, pull_t) / own_pull_t, with its standard error ``overwrite_se``; NaN unless the
+            denominator exceeds two of its standard errors.
         pull, own_pull: windowed means of −Σ_{s≠t}⟨m_t, g_s⟩ and of ⟨m_t, g_t⟩, over all steps.
         own_effect, others_effect, update_effect: first-order change of the task's loss since it was last seen: by its
             own step, by everything after it, and in all. Negative is progress.
@@ -92,15 +92,29 @@ class StepReport:
     def __str__(self) -> str:
         width = max(len(t) for t in (*self.tasks, "task"))
         title = f"step {self.step}" + ("" if self.valid else ", abandoned: gradients vanished or were not finite")
-        head = f"{'task':<{width}} {'rows':>6} {'norm':>9} {'signal':>9} {'overwrite':>15} {'retention':>9} {'cos others':>10} {'seen':>5}"
-        lines = [title, head]
+        columns = (
+            ("rows", 6),
+            ("norm", 9),
+            ("signal", 9),
+            ("overwrite", 15),
+            ("retention", 9),
+            ("cos others", 10),
+            ("seen", 5),
+        )
+        lines = [title, " ".join([f"{'task':<{width}}", *(f"{name:>{size}}" for name, size in columns)])]
         for t, name in enumerate(self.tasks):
-            rho = f"{_short(self.overwrite[t])} ±{_short(self.overwrite_se[t])}"
             seen = int(self.steps_since_seen[t])
-            lines.append(
-                f"{name:<{width}} {int(self.examples[t]):>6} {_short(self.norm[t]):>9} {_short(self.signal[t]):>9} {rho:>15} "
-                f"{_short(self.retention[t]):>9} {_short(self.others_cosine[t]):>10} {'-' if seen < 0 else f'-{seen}':>5}"
+            cells = (
+                str(int(self.examples[t])),
+                _short(self.norm[t]),
+                _short(self.signal[t]),
+                f"{_short(self.overwrite[t])} ±{_short(self.overwrite_se[t])}",
+                _short(self.retention[t]),
+                _short(self.others_cosine[t]),
+                "never" if seen < 0 else str(-seen),
             )
+            padded = (f"{cell:>{size}}" for cell, (_, size) in zip(cells, columns, strict=True))
+            lines.append(" ".join([f"{name:<{width}}", *padded]))
         return "\n".join(lines)
 
 
@@ -119,7 +133,8 @@ def _plain(value: Any) -> Any:
 
 
 def cosines(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """From the Gram of tasks and rest [T + 1, T + 1]: the cosine [T, T] and cos(g − g_t, g_t) [T]; NaN for zero vectors."""
+    """From the Gram of tasks and rest [T + 1, T + 1]: the cosine [T, T] and cos(g − g_t, g_t) [T]; NaN for zero
+    vectors."""
     tasks = gram.shape[0] - 1
     square = gram.diagonal()
     norm = torch.where(square > 0, square, torch.nan).sqrt()

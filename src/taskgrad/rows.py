@@ -96,7 +96,8 @@ def check_ids(ids: Tensor, num_tasks: int) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < -1 or high >= num_tasks:
         raise ValueError(
-            f"ids must lie in [-1, {num_tasks}) for {num_tasks} tasks (-1: belongs to no task), got values from {low} to {high}"
+            f"ids must lie in [-1, {num_tasks}) for {num_tasks} tasks (-1: belongs to no task), "
+            f"got values from {low} to {high}"
         )
 
 

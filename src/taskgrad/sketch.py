@@ -5,9 +5,9 @@ over uses of a shared weight, over micro-batches and ranks, averages over time, 
 
 A matrix G of shape [d0, d1] is sketched on both sides, S = Lᵀ G R / sqrt(r0 r1) with L [d0, r0] and R [d1, r1]. For a
 linear layer G = dYᵀ X, hence Lᵀ G R = (dY L)ᵀ (X R): the gradient itself is never formed (LoGra, arXiv 2405.13954).
-L and R are subsampled randomised Hadamard matrices, entries ±1: ``E[L Lᵀ] = r0 I`` gives ``E⟨S(G), S(H)⟩ = ⟨G, H⟩``, ±1 is exact
-in every floating dtype, and the same seed gives the same map on every machine. A vector is sketched by a balanced
-count sketch: entries get a random sign and are summed in ``k`` buckets of equal size.
+L and R are subsampled randomised Hadamard matrices, entries ±1: ``E[L Lᵀ] = r0 I`` gives ``E⟨S(G), S(H)⟩ = ⟨G, H⟩``,
+±1 is exact in every floating dtype, and the same seed gives the same map on every machine. A vector is sketched by a
+balanced count sketch: entries get a random sign and are summed in ``k`` buckets of equal size.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch import Tensor
 class SketchMap:
     """The linear map of one parameter, ``shape`` to ``dim`` numbers.
 
-    A matrix (any parameter of two or more dimensions, seen as [d0, d1] with d0 its first dimension) has ``left`` [d0, r0]
-    and ``right`` [d1, r1] of ±1. A vector has the buckets as ``left``, int64 [dim, m] positions with the value d0 for
-    padding, and its signs as ``right`` [d0]. ``None`` stands for the identity.
+    A matrix (any parameter of two or more dimensions, seen as [d0, d1] with d0 its first dimension) has ``left`` [d0,
+    r0] and ``right`` [d1, r1] of ±1. A vector has the buckets as ``left``, int64 [dim, m] positions with the value d0
+    for padding, and its signs as ``right`` [d0]. ``None`` stands for the identity.
     """
 
     shape: tuple[int, ...]

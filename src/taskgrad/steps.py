@@ -142,7 +142,8 @@ class Steps:
     def _reduce(
         self, gradient: Tensor, weight: Tensor, examples: Tensor, loss: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Sums over ranks, gradients averaged as DistributedDataParallel does; what one rank left out, all leave out."""
+        """Sums over ranks, gradients averaged as DistributedDataParallel does; what one rank left out, all leave
+        out."""
         out = torch.tensor([float(n in self.probes.reasons) for n in self.probes.probes], device=gradient.device)
         parts = [gradient, weight, examples, out, *([] if loss is None else [loss])]
         gradient, weight, examples, out, *losses = all_reduce_flat(parts, self._group)
@@ -187,8 +188,9 @@ class Steps:
             self.probes.warn_of_gaps()
         if self.count == GUARD_FIRST and self._guard and not self.batches.verified:
             warnings.warn(
-                "taskgrad: the rows of the layers were not verified: no batch could tell, or the model was not called as "
-                "model(...) in eager mode; call tracker.verify(*inputs) inside tracker.batch(), or pass verify=False",
+                "taskgrad: the rows of the layers were not verified: no batch could tell, or the model was not called "
+                "as model(...) in eager mode; call tracker.verify(*inputs) inside tracker.batch(), or pass "
+                "verify=False",
                 stacklevel=2,
             )
         reading = step.reading

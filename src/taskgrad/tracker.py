@@ -94,8 +94,8 @@ class TaskGradTracker:
         return Batch(rows, weight, self._enter, self._leave)
 
     def rows(self, ids: Tensor) -> AbstractContextManager[None]:
-        """Inside a model's forward: the layers called here work on rows with these ids, int64 (N,) (gathered rows, as in a
-        mixture of experts); -1 is rest. Does nothing outside of ``batch``."""
+        """Inside a model's forward: the layers called here work on rows with these ids, int64 (N,) (gathered rows, as
+        in a mixture of experts); -1 is rest. Does nothing outside of ``batch``."""
         return self._batches.regroup(lambda: Rows(ids, len(self.tasks), self._probes.device))
 
     def _enter(self, batch: Batch) -> None:

@@ -1,11 +1,11 @@
 """Does row i of every layer belong to example i? Asked by perturbation, before a number is believed.
 
-Shapes cannot tell: ``pe(arange(S))`` looks like a batch where S = B, so do sequence-first activations and permuted windows.
-So the model runs without gradients on the batch and again with half of the examples replaced by others, for as many halves
-as it takes to tell every example from every other. Rows of other examples that change show that the rows are not the
-batch's, or that examples mix. A layer whose input does not depend on the examples at all (an embedding of positions) is
-asked the other way round: its output is disturbed in the rows of half of the examples, and nothing of the others may
-change further on. With an id per token, the rows of tokens must change with their tokens.
+Shapes cannot tell: ``pe(arange(S))`` looks like a batch where S = B, so do sequence-first activations and permuted
+windows. So the model runs without gradients on the batch and again with half of the examples replaced by others, for
+as many halves as it takes to tell every example from every other. Rows of other examples that change show that the
+rows are not the batch's, or that examples mix. A layer whose input does not depend on the examples at all (an
+embedding of positions) is asked the other way round: its output is disturbed in the rows of half of the examples, and
+nothing of the others may change further on. With an id per token, the rows of tokens must change with their tokens.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def _halves(n: int) -> list[Tensor]:
 def _replace(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], shape: tuple[int, ...], half: Tensor
 ) -> tuple[Any, Any] | None:
-    """The inputs with the examples (tokens, for a shape of two dimensions) in ``half`` replaced by others of the batch that
-    differ, in all tensors of the batch alike; ``None`` where there are none."""
+    """The inputs with the examples (tokens, for a shape of two dimensions) in ``half`` replaced by others of the batch
+    that differ, in all tensors of the batch alike; ``None`` where there are none."""
     dim, n = len(shape) - 1, len(half)
 
     def belongs(t: Any) -> bool:
@@ -163,8 +163,8 @@ def _fingerprint(x: Tensor, dims: int) -> tuple[Tensor, Tensor]:
 
 
 def _changes(base: Trace, other: Trace) -> dict[tuple[str, int], Tensor]:
-    """For every call of ``base``, which examples [B] (positions [S], where traced by token) differ; all, where the call did
-    not take place."""
+    """For every call of ``base``, which examples [B] (positions [S], where traced by token) differ; all, where the
+    call did not take place."""
     found = {}
     for key, (a, scale) in base.items():
         if key in other and other[key][0].shape == a.shape:

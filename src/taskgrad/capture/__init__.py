@@ -23,7 +23,8 @@ __all__ = [
 
 
 def register_transformers() -> None:
-    """Register transformers' ``Conv1D`` (GPT-2) if transformers has been imported: a model of it cannot exist otherwise."""
+    """Register transformers' ``Conv1D`` (GPT-2) if transformers has been imported: a model of it cannot exist
+    otherwise."""
     utils = sys.modules.get("transformers.pytorch_utils")
     if utils is not None:
         register_capture(utils.Conv1D)(Conv1DCapture)

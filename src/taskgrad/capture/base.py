@@ -1,10 +1,11 @@
 """What a layer kind has to say about itself so that its weight gradient is split by task.
 
-A captured layer runs its forward through an ``autograd.Function`` that takes over the weight gradient and returns, as the
-gradient of an unregistered leaf (the parameter's *tap*, [T + 1, dim]), the sketch of every task's part of it. Autograd then
-accumulates the statistics exactly when it accumulates ``param.grad``: over uses of a shared weight and over
-micro-batches, and not under ``autograd.grad(loss, x)``. All tensors are saved with ``save_for_backward``, which keeps the
-memory saving of activation checkpointing, and the output is returned detached, which lets in-place ops follow.
+A captured layer runs its forward through an ``autograd.Function`` that takes over the weight gradient and returns, as
+the gradient of an unregistered leaf (the parameter's *tap*, [T + 1, dim]), the sketch of every task's part of it.
+Autograd then accumulates the statistics exactly when it accumulates ``param.grad``: over uses of a shared weight and
+over micro-batches, and not under ``autograd.grad(loss, x)``. All tensors are saved with ``save_for_backward``, which
+keeps the memory saving of activation checkpointing, and the output is returned detached, which lets in-place ops
+follow.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def find_capture(module: nn.Module) -> Capture | None:
 
 
 def rows_of(rows: Rows, x: Tensor, feature_dims: int = 1) -> int:
-    """Number of ids E if ``x`` [*ids.shape, ..., features] has a row block for each of them; raises Unattributed else."""
+    """Number of ids E if ``x`` [*ids.shape, ..., features] has a row block for each of them; raises Unattributed
+    else."""
     if not rows.match(x, feature_dims):
         raise Unattributed(f"input of shape {tuple(x.shape)} does not start with the shape of the ids, {rows.shape}")
     return rows.segment.shape[0]
@@ -135,6 +137,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 class _PerExample(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         param: Tensor,
         order: Tensor | None,
         offsets: Tensor,
@@ -144,12 +147,8 @@ class _PerExample(torch.autograd.Function):
         left: Tensor | None,
         right: Tensor | None,
     ) -> Tensor:
-        return param.detach().expand(entries, *param.shape)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, order, offsets, _, receipt, _, left, right = inputs
         ctx.save_for_backward(order, offsets, receipt, left, right)
+        return param.detach().expand(entries, *param.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:

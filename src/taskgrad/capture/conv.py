@@ -27,6 +27,7 @@ from .base import (
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -44,15 +45,11 @@ class _Conv(torch.autograd.Function):
         b_left: Tensor | None,
         b_right: Tensor | None,
     ) -> Tensor:
+        ctx.save_for_backward(x, weight, order, offsets, receipt, w_left, w_right, b_left, b_right)
+        ctx.options = stride, padding, dilation, groups
+        ctx.track_weight, ctx.track_bias = w_tap is not None, b_tap is not None
         zeros = [0] * len(stride)
         return torch.convolution(x, weight, bias, stride, padding, dilation, False, zeros, groups).detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, *ctx.options, order, offsets, receipt = inputs[:10]
-        w_tap, w_left, w_right, b_tap, b_left, b_right = inputs[10:]
-        ctx.save_for_backward(x, weight, order, offsets, receipt, w_left, w_right, b_left, b_right)
-        ctx.track_weight, ctx.track_bias = w_tap is not None, b_tap is not None
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:

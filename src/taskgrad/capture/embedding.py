@@ -16,6 +16,7 @@ from .base import Capture, Probe, Unattributed, receipt_grad, refuse_double_back
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         index: Tensor,
         weight: Tensor,
         padding_idx: int,
@@ -27,13 +28,9 @@ class _Embedding(torch.autograd.Function):
         left: Tensor | None,
         right: Tensor | None,
     ) -> Tensor:
-        return nn.functional.embedding(index, weight).detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        index, weight, ctx.padding_idx, ctx.entries, order, offsets, receipt, _, left, right = inputs
         ctx.save_for_backward(index, order, offsets, receipt, left, right)
-        ctx.num_embeddings = weight.shape[0]
+        ctx.padding_idx, ctx.entries, ctx.num_embeddings = padding_idx, entries, weight.shape[0]
+        return nn.functional.embedding(index, weight).detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -84,7 +81,8 @@ class EmbeddingCapture(Capture):
 
 
 def broadcast_index(rows: Rows, index: Tensor) -> Tensor:
-    """[1, L] indices (GPT-2's and BERT's positions) as [B, L], so that the gradient of the output arrives per example."""
+    """[1, L] indices (GPT-2's and BERT's positions) as [B, L], so that the gradient of the output arrives per
+    example."""
     if index.dim() >= 2 and index.shape[0] == 1 and rows.match(index.expand(rows.shape[0], *index.shape[1:]), 0):
         return index.expand(rows.shape[0], *index.shape[1:])
     raise Unattributed(

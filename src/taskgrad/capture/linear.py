@@ -23,10 +23,12 @@ from .base import (
 
 
 class _Linear(torch.autograd.Function):
-    """y = x Wᵀ + b; with ``transposed`` y = x W + b. Gradients: dX = dY W, dW = Σ_t dY_tᵀ X_t, db = Σ_t Σ_{rows of t} dY."""
+    """y = x Wᵀ + b; with ``transposed`` y = x W + b. Gradients: dX = dY W, dW = Σ_t dY_tᵀ X_t, db = Σ_t Σ_{rows of t}
+    dY."""
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -42,16 +44,11 @@ class _Linear(torch.autograd.Function):
         b_left: Tensor | None,
         b_right: Tensor | None,
     ) -> Tensor:
-        return nn.functional.linear(x, weight.t() if transposed else weight, bias).detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, transposed, entries, order, offsets, receipt = inputs[:8]
-        w_tap, w_left, w_right, b_tap, b_left, b_right = inputs[8:]
-        x = x if weight.requires_grad else None
-        ctx.save_for_backward(x, weight, order, offsets, receipt, w_left, w_right, b_left, b_right)
+        kept = x if weight.requires_grad else None
+        ctx.save_for_backward(kept, weight, order, offsets, receipt, w_left, w_right, b_left, b_right)
         ctx.transposed, ctx.entries = transposed, entries
         ctx.track_weight, ctx.track_bias = w_tap is not None, b_tap is not None
+        return nn.functional.linear(x, weight.t() if transposed else weight, bias).detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:

@@ -1,7 +1,8 @@
 """``nn.LayerNorm``, ``nn.RMSNorm`` and ``nn.GroupNorm``.
 
-With x̂ the normalised input, y = γ x̂ + β: the task's gradients are the sums of dY x̂ and of dY over its rows. x̂ is computed
-again in the backward pass from the input and the saved statistics, so nothing is kept that the plain layer would not keep.
+With x̂ the normalised input, y = γ x̂ + β: the task's gradients are the sums of dY x̂ and of dY over its rows. x̂ is
+computed again in the backward pass from the input and the saved statistics, so nothing is kept that the plain layer
+would not keep.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def _stats(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -64,20 +66,15 @@ class _LayerNorm(torch.autograd.Function):
         b_tap: Tensor | None,
         b_left: Tensor | None,
         b_right: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Tensor:
         out, mean, rstd = torch.ops.aten.native_layer_norm(x, shape, weight, bias, eps)
-        return out.detach(), mean, rstd
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, weight, bias, ctx.shape, _, ctx.entries, order, offsets, receipt = inputs[:9]
-        w_tap, w_left, w_right, b_tap, b_left, b_right = inputs[9:]
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(x, weight, bias, *output[1:], order, offsets, receipt, w_left, w_right, b_left, b_right)
+        ctx.save_for_backward(x, weight, bias, mean, rstd, order, offsets, receipt, w_left, w_right, b_left, b_right)
+        ctx.shape, ctx.entries = shape, entries
         ctx.track_weight, ctx.track_bias = w_tap is not None, b_tap is not None
+        return out.detach()  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward()
         x, weight, bias, mean, rstd, order, offsets, receipt, *maps = ctx.saved_tensors
         dx = None
@@ -102,6 +99,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         dims: list[int],
@@ -113,19 +111,15 @@ class _RMSNorm(torch.autograd.Function):
         tap: Tensor,
         left: Tensor | None,
         right: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         wide = x.to(stat_dtype(x))
         rstd = torch.rsqrt(wide.square().mean(dims, keepdim=True) + eps)
-        return (wide * rstd * weight).to(x.dtype).detach(), rstd
+        ctx.save_for_backward(x, weight, rstd, order, offsets, receipt, left, right)
+        ctx.dims, ctx.entries = dims, entries
+        return (wide * rstd * weight).to(x.dtype).detach()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, ctx.dims, _, ctx.entries, order, offsets, receipt, _, left, right = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, weight, output[1], order, offsets, receipt, left, right)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward()
         x, weight, rstd, order, offsets, receipt, left, right = ctx.saved_tensors
         dy = dy.to(rstd.dtype)
@@ -143,6 +137,7 @@ class _RMSNorm(torch.autograd.Function):
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -157,23 +152,18 @@ class _GroupNorm(torch.autograd.Function):
         b_tap: Tensor | None,
         b_left: Tensor | None,
         b_right: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Tensor:
         n, channels = x.shape[:2]
         size = x[0, 0].numel()
         x = x.contiguous()
         out, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, n, channels, size, groups, eps)
-        return out.detach(), mean, rstd
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, weight, _, ctx.groups, _, order, offsets, receipt = inputs[:8]
-        w_tap, w_left, w_right, b_tap, b_left, b_right = inputs[8:]
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(x, weight, *output[1:], order, offsets, receipt, w_left, w_right, b_left, b_right)
+        ctx.save_for_backward(x, weight, mean, rstd, order, offsets, receipt, w_left, w_right, b_left, b_right)
+        ctx.groups = groups
         ctx.track_weight, ctx.track_bias = w_tap is not None, b_tap is not None
+        return out.detach()  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward()
         x, weight, mean, rstd, order, offsets, receipt, *maps = ctx.saved_tensors
         x, dy = x.contiguous(), dy.contiguous()
@@ -220,7 +210,7 @@ class LayerNormCapture(Capture):
         x = args[0] if args else kwargs["input"]
         entries = rows_of(rows, x, len(shape))
         wide, dtype = _wide(module, x)
-        out, _, _ = _LayerNorm.apply(
+        out = _LayerNorm.apply(
             wide,
             module.weight,
             module.bias,
@@ -245,7 +235,7 @@ class RMSNormCapture(Capture):
         dims = list(range(-len(module.normalized_shape), 0))
         entries = rows_of(rows, x, len(dims))
         eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
-        out, _ = _RMSNorm.apply(
+        out = _RMSNorm.apply(
             x, module.weight, dims, eps, entries, rows.order, rows.offsets, rows.receipt, *probes["weight"].tensors
         )
         return out  # type: ignore[no-any-return]
@@ -258,7 +248,7 @@ class GroupNormCapture(Capture):
         x = args[0] if args else kwargs["input"]
         rows_of(rows, x, 2 - len(rows.shape))
         wide, dtype = _wide(module, x)
-        out, _, _ = _GroupNorm.apply(
+        out = _GroupNorm.apply(
             wide,
             module.weight,
             module.bias,

@@ -70,8 +70,8 @@ class Site:
 
 
 def replaced_forward(module: nn.Module) -> bool:
-    """Whether the instance has a ``forward`` of somebody's own. What copies and pickles of a tracked module carry is not
-    one: it does nothing, and is taken off here."""
+    """Whether the instance has a ``forward`` of somebody's own. What copies and pickles of a tracked module carry is
+    not one: it does nothing, and is taken off here."""
     forward = module.__dict__.get("forward")
     if forward is None:
         return False

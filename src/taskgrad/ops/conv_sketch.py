@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ def conv_sketch(
     """Convolution weight gradient and its unscaled sketch per task.
 
     The weight-gradient product is split by task, so it is done once in all. G_t is seen as a matrix [C_out, C_in/groups
-    · kernel] and sketched as soon as it is there: one extra gradient of the weight's size, whatever the number of tasks.
+    · kernel] and sketched as soon as it is there: one extra gradient of the weight's size, whatever the number of
+    tasks.
 
     Args:
         dy: [B, C_out, *out], gradient of the output; one task id per entry of the batch.
@@ -48,7 +50,7 @@ def conv_sketch(
     dw = torch.zeros_like(weight, dtype=dtype)
     stats = _empty(dy, weight, offsets, left, right).zero_()
     zeros = [0] * len(stride)
-    for t, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for t, (start, end) in enumerate(pairwise(bounds)):
         if end == start:
             continue
         grad = torch.ops.aten.convolution_backward(

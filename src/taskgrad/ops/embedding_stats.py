@@ -1,6 +1,7 @@
 """``embedding_stats``: the weight gradient of an embedding and, per task, its sketch, without a T×V×d block.
 
-Row n adds dY_n to row index_n of the gradient: G_t = Σ_{n in t} e(index_n) dY_nᵀ, hence Lᵀ G_t R = Σ_n L[index_n] (dY_n R)ᵀ.
+Row n adds dY_n to row index_n of the gradient: G_t = Σ_{n in t} e(index_n) dY_nᵀ, hence Lᵀ G_t R = Σ_n L[index_n]
+(dY_n R)ᵀ.
 """
 
 from __future__ import annotations

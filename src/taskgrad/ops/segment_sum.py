@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def segment_sum(values: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor
     out = values.new_zeros(len(bounds) - 1, values.shape[1], dtype=stat_dtype(values))
     if order is not None:
         values = values.index_select(0, order)
-    for t, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for t, (start, end) in enumerate(pairwise(bounds)):
         if end > start:
             torch.sum(values[start:end], 0, dtype=out.dtype, out=out[t])
     return out

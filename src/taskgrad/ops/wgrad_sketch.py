@@ -8,6 +8,8 @@ splitting the product by task costs no extra multiplications.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -81,7 +83,7 @@ def segment_products(u: Tensor, v: Tensor, order: Tensor | None, offsets: Tensor
     rows = u.shape[1]
     u, v = u.reshape(-1, u.shape[-1]), v.reshape(-1, v.shape[-1])
     out = u.new_zeros(len(bounds) - 1, u.shape[-1], v.shape[-1])
-    for t, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for t, (start, end) in enumerate(pairwise(bounds)):
         if end > start:
             torch.mm(u[start * rows : end * rows].mT, v[start * rows : end * rows], out=out[t])
     return out
