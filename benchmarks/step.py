@@ -141,7 +141,8 @@ def variants(s: Setting, device: torch.device) -> dict[str, Callable[[], Any]]:
         block = torch.cat([p.jac.flatten(1) for p in model.parameters()], 1)  # type: ignore[attr-defined]
         _ = block @ block.T
         for p in model.parameters():
-            p.grad, p.jac = p.jac.sum(0), None  # type: ignore[attr-defined]
+            p.grad = p.jac.sum(0)  # type: ignore[attr-defined]
+            del p.jac  # type: ignore[attr-defined]
 
     found: dict[str, Callable[[], Any]] = {"plain": make(plain), "sketch": tracked("sketch")}
     if s.exact:

@@ -73,7 +73,7 @@ class Delivery:
             step=self.step,
             valid=True,
             loss=values.pop("loss", None),
-            _block=values.pop("block").double(),
+            _block=values.pop("block"),
             _maps=tuple(m.to(torch.device("cpu")) for m in self.maps),
             **values,
         )

@@ -45,11 +45,12 @@ def gradients_disagree(probes: Sequence[Probe], gradient: Tensor, total: Tensor,
     negligible = NEGLIGIBLE[probes[0].tap.dtype]
 
     def allowed(scale: Tensor) -> Tensor:
-        return limit * torch.maximum(other, scale.abs() * size) + negligible * scale.abs() * own.norm()
+        bound: Tensor = limit * torch.maximum(other, scale.abs() * size) + negligible * scale.abs() * own.norm()
+        return bound
 
     def agreeing(scale: Tensor) -> Tensor:
         error = torch.stack([(t - scale * m).norm() for m, t in zip(mine, theirs, strict=True)])
-        return error.le(allowed(scale))
+        return error <= allowed(scale)
 
     # the scale on which most parameters agree; of equals the one nearest to 1
     product = torch.stack([(m * t).sum() for m, t in zip(mine, theirs, strict=True)])

@@ -11,24 +11,27 @@ are unbiased, because the noise of the fresh batch is independent of the path. A
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+COLUMNS = 1 << 14  # worked on at a time, so that what is between two passes stays in the cache
+
+
 @dataclass
 class Reading:
     """What one step's gradients say against the memory; float64, NaN where undefined."""
 
-    mean_gradient: Tensor  # ḡ [T, K]
-    norm: Tensor  # [T]
+    share: Tensor  # Σw / Σ_{rows of t} w [T], what makes g_t the mean gradient ḡ_t; 0 for absent tasks
+    norm: Tensor  # ‖ḡ_t‖ [T]
     signal: Tensor  # ⟨m_t, ḡ_t⟩ [T]
     memory_dot: Tensor  # ⟨m_t, g_s⟩ [T, T + 1], the last column is rest
     own_effect: Tensor  # [T]
     others_effect: Tensor  # [T]
     curvature: Tensor  # ½⟨ḡ_t(k) − m_t, θ_k − θ_j⟩ [T]
-    memory: Tensor  # m_t [T, K], zero where there is none
 
 
 class TaskMemory:
@@ -56,47 +59,77 @@ class TaskMemory:
     def forget_columns(self, columns: slice) -> None:
         self.ema[:, columns] = 0
 
+    def _chunks(self) -> Iterator[slice]:
+        width = self.ema.shape[1]
+        return (slice(start, min(start + COLUMNS, width)) for start in range(0, width, COLUMNS))
+
+    def _correction(self) -> Tensor:
+        """What the EMA is multiplied with so that it does not lean to its start, [T, 1]."""
+        bias = 1 - self.decay ** self.count.double()
+        return torch.where(self.count > 0, 1 / bias, 0.0)[:, None]
+
     def read(self, gradient: Tensor, weight: Tensor, theta: Tensor) -> Reading:
         """Products of the step's gradients with the memory.
 
         Args:
-            gradient: G [T + 1, K], float64, the last row is rest.
+            gradient: G [T + 1, K], the last row is rest.
             weight: [T + 1], float64, summed loss weights of the rows.
             theta: [K], float64, the parameters the gradients were taken at.
         """
         tasks = self.count.shape[0]
-        present = weight[:tasks] > 0
+        present, had = weight[:tasks] > 0, self.count > 0
         share = torch.where(present, weight.sum() / weight[:tasks], 0.0)
-        mean = gradient[:tasks] * share[:, None]
-        had = self.count > 0
-        memory = self.ema.double() / torch.where(had, 1 - self.decay ** self.count.double(), 1.0)[:, None]
+        correction = self._correction()
+        dots = torch.zeros(tasks, tasks + 1, dtype=torch.float64, device=gradient.device)
+        square, signal, own, others, bend = torch.zeros(5, tasks, dtype=torch.float64, device=gradient.device)
+        for c in self._chunks():
+            g = gradient[:, c].double()
+            mean = g[:tasks] * share[:, None]
+            memory = self.ema[:, c].double() * correction
+            before, after, here = self.before[:, c], self.after[:, c], theta[c]
+            dots += memory @ g.mT
+            square += mean.square().sum(1)
+            signal += (memory * mean).sum(1)
+            own += (mean * (after - before)).sum(1)
+            others += (mean * (here - after)).sum(1)
+            bend += 0.5 * ((mean - memory) * (here - before)).sum(1)
+        nan = torch.full((), torch.nan, dtype=torch.float64, device=gradient.device)
         both = present & had
-        nan = torch.full((), torch.nan, dtype=torch.float64, device=mean.device)
-        dots = memory @ gradient.mT
-        own = (mean * (self.after - self.before)).sum(1)
-        others = (mean * (theta - self.after)).sum(1)
-        bend = 0.5 * ((mean - memory) * (theta - self.before)).sum(1)
         return Reading(
-            mean_gradient=mean,
-            norm=torch.where(present, mean.norm(dim=1), nan),
-            signal=torch.where(both, (memory * mean).sum(1), nan),
+            share=share,
+            norm=torch.where(present, square.sqrt(), nan),
+            signal=torch.where(both, signal, nan),
             memory_dot=torch.where(had[:, None], dots, nan),
             own_effect=torch.where(both, own, nan),
             others_effect=torch.where(both, others, nan),
             curvature=torch.where(both, bend, nan),
-            memory=memory,
         )
 
-    def write(self, reading: Reading, seen: Tensor, before: Tensor, after: Tensor, step: int) -> None:
-        """Enter the step: ``seen`` [T] are the tasks that appeared, ``before`` and ``after`` [K] the parameters around
-        it."""
-        mean = reading.mean_gradient.to(self.ema.dtype)
-        row = seen[:, None]
-        self.ema = torch.where(row, self.decay * self.ema + (1 - self.decay) * mean, self.ema)
-        self.before = torch.where(row, before, self.before)
-        self.after = torch.where(row, after, self.after)
+    def write(self, gradient: Tensor, share: Tensor, seen: Tensor, before: Tensor, after: Tensor, step: int) -> Tensor:
+        """Enter the step, and say what it did to every task by the memory as it was: ⟨m_t, θ_{k+1} − θ_k⟩ [T].
+
+        Args:
+            gradient: G [T + 1, K].
+            share: as read, [T].
+            seen: [T] bool, the tasks that enter.
+            before, after: [K], float64, the parameters around the step.
+            step: its number.
+        """
+        tasks = self.count.shape[0]
+        row, correction = seen[:, None], self._correction()
+        predicted = torch.zeros(tasks, dtype=torch.float64, device=gradient.device)
+        for c in self._chunks():
+            ema = self.ema[:, c]
+            predicted += (ema.double() * correction) @ (after[c] - before[c])
+            mean = (gradient[:tasks, c].double() * share[:, None]).to(ema.dtype)
+            # where, not a product: what does not enter may be NaN
+            ema.copy_(torch.where(row, self.decay * ema + (1 - self.decay) * mean, ema))
+            self.before[:, c] = torch.where(row, before[c], self.before[:, c])
+            self.after[:, c] = torch.where(row, after[c], self.after[:, c])
+        predicted = torch.where(self.count > 0, predicted, torch.nan)
         self.count = self.count + seen
         self.last_seen = torch.where(seen, step, self.last_seen)
+        return predicted
 
     def state_dict(self) -> dict[str, Tensor]:
         return {k: getattr(self, k).clone() for k in ("ema", "before", "after", "count", "last_seen")}

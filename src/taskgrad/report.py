@@ -82,7 +82,7 @@ class StepReport:
     @cached_property
     def cosine_se(self) -> Tensor:
         """[T, T], standard error of ``cosine`` due to sketching, computed when asked for; 0 in exact mode."""
-        return cosine_error(self._block, self.gram, self._maps)
+        return cosine_error(self._block.double(), self.gram, self._maps)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-able lists, ``None`` for NaN."""

@@ -111,7 +111,10 @@ class Steps:
             return
         weight, examples, loss = self._counts(ran)
         vanished = self.probes.grads_vanished()
-        gradient = self.probes.take() / self._scale()
+        gradient = self.probes.take()
+        scale = self._scale()
+        if scale is not None:
+            gradient /= scale
         if world_size(self._group) > 1:
             gradient, weight, examples, loss = self._reduce(gradient, weight, examples, loss)
         valid = torch.isfinite(gradient).all()
@@ -123,7 +126,7 @@ class Steps:
             _, gram = sum_gram(gradient)
         if loss is not None:
             loss = (loss / weight)[:-1]
-        reading = self.memory.read(gradient.double(), weight, self.theta)
+        reading = self.memory.read(gradient, weight, self.theta)
         self._open = _Open(reading, gradient, gram, weight, examples[:-1], loss, valid)
 
     def _counts(self, ran: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -163,12 +166,12 @@ class Steps:
             self.memory.forget_columns(probe.columns)
         return bool(bad)
 
-    def _scale(self) -> float | Tensor:
+    def _scale(self) -> Tensor | None:
+        """What the loss was multiplied with, or ``None``."""
         scale = self._loss_scale
         if isinstance(scale, GradScaler):
-            inner: Tensor | None = scale._scale
-            return 1.0 if inner is None or not scale.is_enabled() else inner.to(self.probes.device)
-        return 1.0 if scale is None else scale
+            scale = scale._scale if scale.is_enabled() else None
+        return None if scale is None else scale.to(self.probes.device)
 
     def close(self) -> None:
         """Second half: the parameters moved, the step enters the memory, its report is sent."""
@@ -194,10 +197,8 @@ class Steps:
                 stacklevel=2,
             )
         reading = step.reading
-        predicted = reading.memory @ (self.theta - before)
-        had = self.memory.count > 0
         cosine, others_cosine = cosines(step.gram)
-        self.memory.write(reading, seen, before, self.theta, self.count)
+        predicted = self.memory.write(step.gradient, reading.share, seen, before, self.theta, self.count)
         self.overwriting.add(reading.memory_dot, reading.own_effect, reading.others_effect, others_cosine, step.valid)
         values = {
             "valid": step.valid,
@@ -213,7 +214,7 @@ class Steps:
             "others_effect": reading.others_effect,
             "update_effect": reading.own_effect + reading.others_effect,
             "curvature": reading.curvature,
-            "predicted_effect": torch.where(had, predicted, torch.nan),
+            "predicted_effect": predicted,
             "steps_since_seen": self._since_seen(),
             "block": step.gradient[:count],
             **self.overwriting.read(),
