@@ -90,7 +90,7 @@ def test_signal_of_redrawn_labels_is_zero_within_its_error() -> None:
     model = nn.Linear(20, 1, bias=False).double()
     nn.init.zeros_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    tracker = tg.track(model, ["noise", "learnable"], optimizer, mode="exact", verify=False)
+    tracker = tg.track(model, ["noise", "learnable"], optimizer, mode="exact", memory_decay=0.9, verify=False)
     truth = torch.randn(20, generator=generator).double()
     signals, norms = [], []
     for _ in range(400):
@@ -118,7 +118,7 @@ def test_effect_of_a_noise_task_under_adamw_is_unbiased_where_the_memory_is_not(
     generator = torch.Generator().manual_seed(5)
     model = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 4)).double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    tracker = tg.track(model, ["real", "noise"], optimizer, mode="exact", verify=False)
+    tracker = tg.track(model, ["real", "noise"], optimizer, mode="exact", memory_decay=0.9, verify=False)
     truth = torch.randn(12, 4, generator=generator).double()
     pool = torch.randn(512, 12, generator=generator).double()
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 COLUMNS = 1 << 14  # worked on at a time, so that what is between two passes stays in the cache
 
 

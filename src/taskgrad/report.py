@@ -40,7 +40,8 @@ class StepReport:
             denominator exceeds two of its standard errors.
         pull, own_pull: windowed means of −Σ_{s≠t}⟨m_t, g_s⟩ and of ⟨m_t, g_t⟩, over all steps.
         own_effect, others_effect, update_effect: first-order change of the task's loss since it was last seen: by its
-            own step, by everything after it, and in all. Negative is progress.
+            own step, by everything after it, and in all. Negative is progress. The slope is that at the end of the
+            path: steps that overshoot read as losses; ``curvature`` indicates by how much.
         gained, undone: −Σ own and Σ others over a window of appearances.
         retention: 1 − undone / gained, with ``retention_se``; NaN where gained is under two standard errors.
         curvature: ½⟨ḡ_t − m_t, θ_k − θ_j⟩, indicative.

@@ -222,7 +222,7 @@ def track(
     *,
     mode: Literal["sketch", "exact"] = "sketch",
     sketch_dim: int = 1024,
-    memory_decay: float = 0.9,
+    memory_decay: float = 0.98,
     loss_scale: GradScaler | Tensor | None = None,
     verify: bool = True,
     process_group: dist.ProcessGroup | None = None,
@@ -237,7 +237,9 @@ def track(
         mode: "sketch", cost about flat in T, T · ``sketch_dim`` numbers per parameter; "exact", the T full gradients:
             (T + 1) · P numbers for the taps, T · P for the memory and 2 · T · P float64 for the effects, P parameters.
         sketch_dim: numbers per parameter in sketch mode; smaller parameters are kept exactly.
-        memory_decay: decay of the memory per appearance of a task, in [0, 1).
+        memory_decay: decay of the memory per appearance of a task, in [0, 1). A short memory mostly holds noise that
+            the parameters have just moved along, which biases ``signal`` downwards: at 0.9 it is negative for tasks
+            that are being learned (docs/policy-log.md).
         loss_scale: the GradScaler (or a scalar tensor) the loss is multiplied with.
         verify: check the rows of every layer on the first tracked batch, and on some steps that the tasks' gradients
             add up to ``param.grad``.

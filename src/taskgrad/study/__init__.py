@@ -1,0 +1,1 @@
+"""Small, self-contained studies of overwriting in mixtures of tasks: what `taskgrad demo` runs."""
