@@ -281,6 +281,19 @@ def test_a_layer_kind_of_ones_own() -> None:
     torch.testing.assert_close(grads[1], want)
 
 
+def test_a_parameter_that_was_replaced_is_left_out_by_name() -> None:
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    tracker = tg.track(model, ["a", "b"], optimizer)
+    _step(tracker, model, IDS, optimizer)
+    model[2].weight = nn.Parameter(torch.zeros(2, 8))
+    with pytest.warns(UserWarning, match=r"2\.weight .*another tensor"):
+        _step(tracker, model, IDS, optimizer)
+    assert tracker.report().valid
+    assert "2.weight" in tracker.coverage().unattributed
+    assert "2.bias" in tracker.coverage().attributed
+
+
 def test_task_gradients_need_exact_mode() -> None:
     with pytest.raises(RuntimeError, match="exact"):
         tg.track(_model(), ["a", "b"]).task_gradients()

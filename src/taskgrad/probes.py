@@ -15,6 +15,7 @@ from .sketch import sketch_map
 
 NOT_CALLED = "no tracked forward has called its module (or only through a function that takes the weight itself)"
 ADDED = "came to the model after tracking began; tracker.remove() and track() again"
+REPLACED = "another tensor took its place in the module; tracker.remove() and track() again"
 LEFT_OUT = "left out by include"
 
 
@@ -80,12 +81,18 @@ class Probes:
                     for attr in site.capture.params
                     if self._usable(site.module._parameters.get(attr))
                 }
+        for site in self.sites:
+            for attr, probe in site.probes.items():
+                if site.module._parameters.get(attr) is not probe.param:
+                    self.drop(probe.name, REPLACED)
         for probe in self.probes.values():
             probe.follow()
         return self.width > width
 
     def _usable(self, param: nn.Parameter | None) -> bool:
-        return param is not None and param.requires_grad and self.names.get(id(param)) not in self.reasons
+        if param is None or id(param) not in self.names:
+            return False
+        return param.requires_grad and self.names[id(param)] not in self.reasons
 
     def _probe(self, param: nn.Parameter | None) -> Probe:
         assert param is not None

@@ -181,7 +181,7 @@ class TaskGradTracker:
             "mode": self.mode,
             "sketch_dim": self.sketch_dim,
             "sketch_seed": SKETCH_SEED,
-            "columns": {p.name: p.sketch.dim for p in self._probes.probes.values()},
+            "columns": [[p.name, p.sketch.dim] for p in self._probes.probes.values()],
             "left_out": dict(self._probes.reasons),
             "verified": self._batches.verified,
             "step": self._steps.count,

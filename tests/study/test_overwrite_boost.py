@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from taskgrad.sampling.policies import OverwriteBoost, PolicyState
-from taskgrad.sampling.policies.overwrite_boost import FLOOR, PATIENCE, TRIAL, WAIT
+from taskgrad.sampling.policies.overwrite_boost import FLOOR, PATIENCE, RESTORED, SIGNIFICANT, TRIAL, WAIT
 
 TASKS = ("common", "learner", "noise")
 NATURAL = np.array([0.98, 0.01, 0.01])
@@ -103,6 +103,24 @@ def test_relearning_what_was_lost_is_no_gain() -> None:
             weights = policy.weights(report(losses, [0.0, -0.1, 0.0]), state(memory))
         assert (weights[1] >= 0.5) == (block < 2 + PATIENCE)
     assert weights[1] == pytest.approx(FLOOR / 2)
+
+
+@pytest.mark.parametrize("backed_off", [False, True])
+def test_a_part_is_given_back_on_stronger_evidence_than_it_is_kept(backed_off: bool) -> None:
+    """A drop between the two thresholds keeps a whole part, and does not restore a cut one."""
+    memory: dict[str, Any] = {}
+    drive(memory, PATIENCE + 6 if backed_off else 2)
+    kept = memory["noise"]
+    assert (kept["part"] < 1.0) == backed_off
+    misses = kept["misses"]
+    # two levels of equal spread: the trial's mean, its variance and the threshold are known exactly
+    spread, drop = 0.05, (SIGNIFICANT + RESTORED) / 2
+    error = (spread**2 / TRIAL + kept["best_variance"]) ** 0.5
+    for n in range(TRIAL):
+        loss = kept["best"] - drop * error + (spread if n % 2 else -spread)
+        OverwriteBoost().weights(report([1.0, 1.0, loss], [0.0, 0.0, 0.0]), state(memory))
+    assert kept["misses"] == (misses + 1 if backed_off else 0)
+    assert (kept["part"] < 1.0) == backed_off
 
 
 def test_without_losses_nothing_is_withheld() -> None:

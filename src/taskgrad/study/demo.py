@@ -24,7 +24,7 @@ from .data import LEARNABLE, RARE, TASKS
 from .figures import RUN_NAMES
 from .train import BATCH_SIZE, POLICIES, RARE_BUDGET, train
 
-STEPS = 2500
+STEPS = 3000
 QUICK_STEPS = 40
 _REPORT_EVERY = 5
 

@@ -24,7 +24,7 @@ BATCH_SIZE = 64
 LEARNING_RATE = 6e-3
 MEMORY_DECAY = 0.98  # a memory over 50 appearances: shorter ones see the noise of their own steps
 WARMUP_STEPS = 100
-RARE_BUDGET = 0.04
+RARE_BUDGET = 0.03
 """Share of the sequences that the four rare tasks may have together, their natural 0.8 % included."""
 CURVE_POINTS = 100
 EVALUATIONS = 12

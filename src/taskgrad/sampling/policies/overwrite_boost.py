@@ -29,6 +29,8 @@ TRIAL = 96
 """Appearances of a task in a trial: with fewer, the loss's own spread hides the progress of a slow task."""
 PATIENCE = 3
 """Trials in a row without progress before the part is cut: a slow learner may need as many to show any."""
+RESTORED = 3.0
+"""Standard errors that give a part back: over a run a task with nothing to learn passes two by chance."""
 SIGNIFICANT = 2.0
 """Standard errors that progress must exceed."""
 FLOOR = 0.2
@@ -111,12 +113,13 @@ def _observe(kept: dict[str, Any], loss: float) -> None:
     if kept["count"] < TRIAL:
         return
     mean = kept["sum"] / TRIAL
+    needed = SIGNIFICANT if kept["part"] == 1.0 else RESTORED
     variance = max(0.0, kept["squares"] / TRIAL - mean * mean) / TRIAL
     kept["count"], kept["sum"], kept["squares"] = 0, 0.0, 0.0
     if not kept["warm"]:
         # The first trial holds the fall from a fresh model's loss: no later one could be compared with it.
         kept["warm"] = True
-    elif kept["best"] is None or kept["best"] - mean > SIGNIFICANT * (variance + kept["best_variance"]) ** 0.5:
+    elif kept["best"] is None or kept["best"] - mean > needed * (variance + kept["best_variance"]) ** 0.5:
         kept.update(best=mean, best_variance=variance, misses=0, part=1.0, wait=WAIT)
     else:
         kept["misses"] += 1
