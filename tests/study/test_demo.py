@@ -11,7 +11,7 @@ import torch
 from taskgrad.cli import main
 from taskgrad.study.data import RARE, SEQUENCE, TASKS, Mixture
 from taskgrad.study.model import ByteGPT
-from taskgrad.study.train import POLICIES, train
+from taskgrad.study.train import POLICIES, RARE_BUDGET, train
 from taskgrad.tracker import track
 
 
@@ -34,12 +34,12 @@ def test_a_run_is_reproducible_and_the_runs_differ_by_their_batches() -> None:
     first, again, equal = train("natural", 5, 12), train("natural", 5, 12), train("equal", 5, 12)
     assert first.evaluations == again.evaluations and first.curves == again.curves
     assert sum(first.share[1:]) < sum(equal.share[1:])
-    assert sum(equal.share[1:]) == pytest.approx(0.04, abs=0.005)
+    assert sum(equal.share[1:]) == pytest.approx(RARE_BUDGET, abs=0.005)
 
 
 def test_no_run_exceeds_the_budget() -> None:
     boosted = train("overwrite_boost", 0, 30)
-    assert all(sum(shares[1:]) <= 0.04 + 1e-4 for shares in boosted.curves["share"])
+    assert all(sum(shares[1:]) <= RARE_BUDGET + 1e-4 for shares in boosted.curves["share"])
 
 
 class Tags(HTMLParser):

@@ -1,0 +1,133 @@
+"""The ops that split a weight gradient by task: against per-task sums in float64, and torch's own checks of an op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from taskgrad.ops.conv_sketch import conv_sketch
+from taskgrad.ops.embedding_stats import embedding_stats
+from taskgrad.ops.segment_sum import segment_sum
+from taskgrad.ops.wgrad_sketch import splitting_is_cheaper, wgrad_sketch
+
+COUNTS = ([2, 0, 1, 3], [0, 0, 6, 0], [6, 0, 0, 0], [1, 1, 1, 1])
+
+
+def _rows(counts: list[int], shuffled: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Task of every entry, the order that sorts them (None if sorted), and the offsets."""
+    task = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    if not shuffled:
+        return task, None, offsets
+    task = task[torch.randperm(len(task))]
+    return task, torch.argsort(task, stable=True), offsets
+
+
+def _signs(*shape: int) -> Tensor:
+    return torch.randint(0, 2, shape).double() * 2 - 1
+
+
+@pytest.mark.parametrize("shuffled", [False, True], ids=["sorted", "shuffled"])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_segment_sum(counts: list[int], shuffled: bool) -> None:
+    task, order, offsets = _rows(counts, shuffled)
+    values = torch.randn(len(task), 5, dtype=torch.float64)
+    want = torch.stack([values[task == t].sum(0) for t in range(len(counts))])
+    torch.testing.assert_close(segment_sum(values, order, offsets), want)
+    half = segment_sum(values.bfloat16(), order, offsets)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half.double(), want, rtol=0.02, atol=0.05)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=5).filter(any),
+    st.integers(1, 7),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 9),
+    st.integers(0, 9),
+    st.booleans(),
+)
+def test_wgrad_sketch(counts: list[int], rows: int, d_out: int, d_in: int, r0: int, r1: int, shuffled: bool) -> None:
+    """Both ways to the sketch, whichever the sizes pick; a rank of 0 stands for the identity."""
+    task, order, offsets = _rows(counts, shuffled)
+    dy, x = (torch.randn(len(task), rows, d, dtype=torch.float64) for d in (d_out, d_in))
+    left = _signs(d_out, r0) if r0 else None
+    right = _signs(d_in, r1) if r1 else None
+    dw, stats = wgrad_sketch(dy, x, order, offsets, left, right)
+    parts = torch.stack([torch.einsum("nro,nri->oi", dy[task == t], x[task == t]) for t in range(len(counts))])
+    torch.testing.assert_close(dw, parts.sum(0))
+    sketched = parts if left is None else left.mT @ parts
+    torch.testing.assert_close(stats, sketched if right is None else sketched @ right)
+
+
+def test_wgrad_sketch_takes_both_ways() -> None:
+    """Few rows: dY and X are sketched; many rows: the tasks' gradients."""
+    offsets = torch.tensor([0, 1, 2])
+    left, right = _signs(64, 4), _signs(64, 4)
+    few, many = (torch.randn(2, m, 64, dtype=torch.float64) for m in (4, 4096))
+    assert not splitting_is_cheaper(few, few, offsets, left, right)
+    assert splitting_is_cheaper(many, many, offsets, left, right)
+    for y in (few, many):
+        dw, stats = wgrad_sketch(y, y, None, offsets, left, right)
+        torch.testing.assert_close(stats.sum(0), left.mT @ dw @ right)
+
+
+@pytest.mark.parametrize("padding", [-1, 3])
+@pytest.mark.parametrize("ranks", [(0, 0), (4, 0), (0, 2), (4, 2)], ids=str)
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_embedding_stats(counts: list[int], ranks: tuple[int, int], padding: int) -> None:
+    task, order, offsets = _rows(counts, True)
+    index = torch.randint(0, 7, (len(task), 4))
+    dy = torch.randn(len(task), 4, 5, dtype=torch.float64)
+    left, right = (_signs(d, r) if r else None for d, r in zip((7, 5), ranks, strict=True))
+    dw, stats = embedding_stats(dy, index, order, offsets, 7, padding, left, right)
+    parts = torch.zeros(len(counts), 7, 5, dtype=torch.float64)
+    for n in range(len(task)):
+        for m in range(4):
+            if index[n, m] != padding:
+                parts[task[n], index[n, m]] += dy[n, m]
+    torch.testing.assert_close(dw, parts.sum(0))
+    sketched = parts if left is None else left.mT @ parts
+    torch.testing.assert_close(stats, sketched if right is None else sketched @ right)
+
+
+@pytest.mark.parametrize("sketched", [False, True])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_conv_sketch(counts: list[int], sketched: bool) -> None:
+    task, order, offsets = _rows(counts, True)
+    x = torch.randn(len(task), 4, 9, 8, dtype=torch.float64)
+    weight = torch.randn(6, 2, 3, 2, dtype=torch.float64, requires_grad=True)
+    options = ([2, 1], [1, 0], [1, 2], 2)
+    out = torch.nn.functional.conv2d(x, weight, None, *options)
+    dy = torch.randn_like(out)
+    parts = [torch.autograd.grad((out * dy)[task == t].sum(), weight, retain_graph=True)[0] for t in range(len(counts))]
+    want = torch.stack(parts)
+    left, right = (_signs(6, 3), _signs(12, 5)) if sketched else (None, None)
+    dw, stats = conv_sketch(dy, x, weight.detach(), *options, order, offsets, left, right)
+    torch.testing.assert_close(dw, want.sum(0))
+    matrix = want.flatten(2)
+    torch.testing.assert_close(stats, matrix if left is None or right is None else left.mT @ matrix @ right)
+
+
+@pytest.mark.parametrize("shuffled", [False, True], ids=["sorted", "shuffled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype, shuffled: bool) -> None:
+    task, order, offsets = _rows([2, 0, 3], shuffled)
+    n = len(task)
+    check = torch.library.opcheck
+    check(segment_sum, (torch.randn(n, 4).to(dtype), order, offsets))
+    for left, right in ((None, None), (_signs(6, 2).float(), _signs(4, 2).float())):
+        check(
+            wgrad_sketch, (torch.randn(n, 3, 6).to(dtype), torch.randn(n, 3, 4).to(dtype), order, offsets, left, right)
+        )
+        table = None if left is None else _signs(9, 2).float()
+        index = torch.randint(0, 9, (n, 3))
+        check(embedding_stats, (torch.randn(n, 3, 4).to(dtype), index, order, offsets, 9, -1, table, right))
+    x, weight = torch.randn(n, 2, 8).to(dtype), torch.randn(4, 2, 3).to(dtype)
+    dy = torch.nn.functional.conv1d(x, weight)
+    check(conv_sketch, (dy, x, weight, [1], [0], [1], 1, order, offsets, None, None))
