@@ -297,3 +297,22 @@ def test_a_parameter_that_was_replaced_is_left_out_by_name() -> None:
 def test_task_gradients_need_exact_mode() -> None:
     with pytest.raises(RuntimeError, match="exact"):
         tg.track(_model(), ["a", "b"]).task_gradients()
+
+
+def test_a_batch_whose_ids_fit_nothing_does_not_leave_an_old_report() -> None:
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    tracker = tg.track(model, ["a", "b"], optimizer, verify=False)
+    _step(tracker, model, IDS, optimizer)
+    assert tracker.report().valid
+    with pytest.warns(UserWarning, match="does not start with the shape"), tracker.batch(IDS[:4]):
+        model(torch.randn(6, 6)).square().mean().backward()
+    optimizer.step()
+    assert not tracker.report().valid
+
+
+def test_a_removed_tracker_takes_no_batch() -> None:
+    tracker = tg.track(_model(), ["a", "b"])
+    tracker.remove()
+    with pytest.raises(RuntimeError, match="removed"):
+        tracker.batch(IDS)

@@ -92,7 +92,9 @@ class StepReport:
 
     def __str__(self) -> str:
         width = max(len(t) for t in (*self.tasks, "task"))
-        title = f"step {self.step}" + ("" if self.valid else ", abandoned: gradients vanished or were not finite")
+        title = f"step {self.step}" + (
+            "" if self.valid else ": no numbers (no step since, or its gradients vanished or were not finite)"
+        )
         columns = (
             ("rows", 6),
             ("norm", 9),

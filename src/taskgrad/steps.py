@@ -108,6 +108,8 @@ class Steps:
         self.drop_unattributed()
         if not ran:
             self.probes.discard()
+            if not self.probes.live():  # everything was left out: an old report would look like news
+                self.mail.put(self.nothing())
             return
         weight, examples, loss = self._counts(ran)
         vanished = self.probes.grads_vanished()

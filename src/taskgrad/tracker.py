@@ -69,6 +69,7 @@ class TaskGradTracker:
             guard=verify,
             group=process_group,
         )
+        self._removed = False
         self._hooks = StepHooks(optimizers, self._steps.read, self._steps.close) if optimizers else None
         hook = FirstCall(self._verify_first)
         self._verify_hook = model.register_forward_pre_hook(hook, with_kwargs=True) if verify else None
@@ -84,12 +85,16 @@ class TaskGradTracker:
 
         Args:
             ids: int64, (B,) one task index per example or (B, S) one per token; -1 belongs to no task ("rest").
-            weight: weight of each row in the loss mean, in the shape of ``ids``, e.g. ``(labels != -100).sum(1)`` for a
-                mean over tokens; ``None`` for 1.
+            weight: weight of each row in the loss mean, in the shape of ``ids``; ``None`` for 1. For a mean over
+                tokens it is the number of tokens counted, or mean gradients, signal and memory are wrong:
+                ``(labels != -100).sum(1)``, and ``(labels[:, 1:] != -100).sum(1)`` where the model shifts the labels
+                (transformers' causal models).
 
         Raises:
             TypeError, ValueError: ids or weight of the wrong dtype, shape or range.
         """
+        if self._removed:
+            raise RuntimeError("this tracker was removed from the model; track() again")
         rows = Rows(ids, len(self.tasks), self._probes.device, weight)
         return Batch(rows, weight, self._enter, self._leave)
 
@@ -206,6 +211,7 @@ class TaskGradTracker:
 
     def remove(self) -> None:
         """Take every hook and patch off the model and the optimizers. The tracker keeps its last report."""
+        self._removed = True
         self._probes.remove()
         if self._hooks is not None:
             self._hooks.remove()

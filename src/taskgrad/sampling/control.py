@@ -96,7 +96,8 @@ class Control:
             raise ValueError(
                 f"the change from the report on batch {batch} takes effect at batch {effective}, but {drawn} batches "
                 f"are already drawn: build the sampler with delay={drawn - batch - 1} or more (a DataLoader draws "
-                "num_workers x prefetch_factor batches ahead; Accelerate and Lightning may add one)"
+                "num_workers x prefetch_factor batches ahead; Accelerate and Lightning may add one), or call update() "
+                "once for every batch of the loader, micro-batches included"
             )
         self.enter_before(effective)
         state = self._policy_state(batch, lr, from_units(self.ledger.at(batch).weights))
