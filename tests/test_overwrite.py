@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import taskgrad as tg
-from taskgrad.overwrite import Moments
+from taskgrad.overwrite import Moments, Overwriting
 
 
 def test_overwrite_ratio_of_opposed_targets() -> None:
@@ -79,3 +79,16 @@ def test_retention_tells_what_the_others_undid() -> None:
     assert report.retention[1] == pytest.approx(0.0, abs=0.25)
     assert report.gained[1] > 0
     assert report.undone[1] > 0
+
+
+def test_noise_around_zero_is_not_overwriting() -> None:
+    """Clipped only after averaging: clipping every step would read ρ = E max(0, x) ≈ 0.4 here."""
+    generator = torch.Generator().manual_seed(2)
+    windows = Overwriting(1, torch.device("cpu"))
+    nan, valid = torch.tensor([torch.nan]).double(), torch.tensor(True)
+    for _ in range(600):
+        other = torch.randn(1, generator=generator).double()
+        windows.add(torch.stack([torch.ones(1).double(), other], 1), nan, nan, nan, valid)
+    found = windows.read()
+    assert found["overwrite"].item() < 0.2
+    assert abs(found["pull"].item()) < 3 * found["overwrite_se"].item()
