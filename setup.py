@@ -1,8 +1,11 @@
-"""Packages, and the native kernels where they can be built; everything else is in pyproject.toml.
+"""Packages, and the native parts where they can be built; everything else is in pyproject.toml.
 
-The kernels are built ahead of time if torch is importable here and a compiler works (TASKGRAD_NATIVE=1 makes
-failing an error, TASKGRAD_NATIVE=0 skips them). Otherwise the package is installed without them: it compiles
-them on first use or runs their references.
+- ``taskgrad._index_engine``, the sampler's index engine: needs a C++ compiler and pybind11, which pip provides.
+- ``taskgrad._C``, the op library: needs torch too, so it is built only with ``pip install --no-build-isolation``;
+  without it the ops are compiled on first use, or their references run.
+
+Each is built on its own: where one fails the other is still built, and the package installs without it.
+TASKGRAD_NATIVE=1 makes failing an error, TASKGRAD_NATIVE=0 skips both.
 """
 
 from __future__ import annotations
@@ -11,54 +14,105 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 WISH = os.environ.get("TASKGRAD_NATIVE", "")
+ENGINE_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",  # what is computed must not depend on whether the machine has fused multiply-add
+    "-fvisibility=hidden",
+    "-g0",
+    "-Wall",
+    "-Wextra",
+]
 
 
-def native_options() -> dict[str, Any]:
-    """Arguments of ``setup`` that build ``taskgrad._C``, none if this environment cannot."""
-    if WISH == "0":
-        return say("no native kernels (TASKGRAD_NATIVE=0)")
-    if os.name != "posix":
-        return say("no native kernels on this platform")
+def index_engine() -> Extension | None:
+    """The index engine; None where its bindings cannot be had."""
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        import pybind11
     except ImportError:
         if WISH == "1":
             raise
-        return say("torch is not importable here: native kernels will be compiled on first use")
+        say("pybind11 is not importable here: the sampler will run on NumPy")
+        return None
+    folder = Path("csrc/index_engine")
+    return Extension(
+        "taskgrad._index_engine",
+        sorted(str(path) for path in folder.glob("*.cpp")),
+        depends=sorted(str(path) for path in folder.glob("*.hpp")),
+        include_dirs=[pybind11.get_include()],
+        extra_compile_args=ENGINE_FLAGS,
+        language="c++",
+    )
 
-    class BuildOrGoWithout(BuildExtension):  # type: ignore[misc]
-        def run(self) -> None:
-            try:
-                super().run()
-            except Exception as error:
-                if WISH == "1":
-                    raise
-                say(f"native kernels could not be built, going without: {error}")
-                self.extensions = []
 
-    say("building native kernels for the CPU")
+def op_library() -> Extension | None:
+    """The ops for the CPU; None where torch is not importable."""
+    try:
+        from torch.utils.cpp_extension import CppExtension
+    except ImportError:
+        say("torch is not importable here: native kernels will be compiled on first use")
+        return None
     recipe = json.loads(Path("csrc/build.json").read_text())
-    extension = CppExtension(
+    return CppExtension(
         "taskgrad._C",
         [f"csrc/{source}" for source in recipe["sources"]],
         extra_compile_args={"cxx": recipe["cflags"]},
         py_limited_api=True,  # nothing in it depends on Python, nor (stable ABI) on torch's minor version
     )
-    return {
-        "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildOrGoWithout},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
-    }
 
 
-def say(message: str) -> dict[str, Any]:
+class BuildEach(build_ext):
+    """Builds every extension with a command of its own and goes without those that fail."""
+
+    def run(self) -> None:
+        self.extensions = [extension for extension in self.extensions if self.built(extension)]
+
+    def built(self, extension: Extension) -> bool:
+        try:
+            command = self.command_for(extension)
+            command.inplace = self.inplace
+            command.ensure_finalized()
+            command.extensions = [extension]
+            command.run()
+        except Exception as error:
+            if WISH == "1":
+                raise
+            say(f"{extension.name} could not be built, going without: {error}")
+            return False
+        say(f"{extension.name} is built")
+        return True
+
+    def command_for(self, extension: Extension) -> build_ext:
+        if extension.name != "taskgrad._C":
+            return build_ext(self.distribution)
+        from torch.utils.cpp_extension import BuildExtension
+
+        return BuildExtension(self.distribution)
+
+
+def extensions() -> list[Extension]:
+    if WISH not in ("", "0", "1"):
+        raise SystemExit(f"taskgrad: TASKGRAD_NATIVE must be 0, 1 or unset, got {WISH!r}")
+    if WISH == "0":
+        say("nothing native is built (TASKGRAD_NATIVE=0)")
+        return []
+    if os.name != "posix":
+        say("nothing native is built on this platform")
+        return []
+    return [extension for extension in (index_engine(), op_library()) if extension is not None]
+
+
+def say(message: str) -> None:
     print(f"taskgrad: {message}", file=sys.stderr)
-    return {}
 
 
-setup(packages=[*find_packages("src"), "taskgrad._csrc", "taskgrad._csrc.ops"], **native_options())
+setup(
+    packages=[*find_packages("src"), "taskgrad._csrc", "taskgrad._csrc.ops"],
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildEach},
+)

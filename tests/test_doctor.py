@@ -17,6 +17,7 @@ import torch
 import taskgrad
 from taskgrad import cli
 from taskgrad.ops import _native
+from taskgrad.sampling import native
 
 PACKAGE = Path(taskgrad.__file__).parent
 built_ahead = pytest.mark.skipif(bool(list(PACKAGE.glob("_C*.so"))), reason="the package carries built kernels")
@@ -54,6 +55,7 @@ def test_json_holds_versions_and_the_kernel_in_force(capsys):
     assert facts["taskgrad"] == taskgrad.__version__
     assert facts["torch"] == torch.__version__
     assert facts["sum_gram on cpu"] == str(_native.status())
+    assert facts["index engine"] == native.load()[1]
     assert (facts["gpu"] is None) == (not torch.cuda.is_available())
 
 
@@ -69,6 +71,7 @@ def test_lines_name_every_fact(capsys):
         "compiler",
         "sum_gram on cpu",
         "sum_gram on cuda",
+        "index engine",
     ):
         assert f"\n{name} " in "\n" + printed
 
@@ -79,9 +82,53 @@ def test_reference_on_request():
     assert done.stderr == ""
 
 
+DRAW = """
+    import sys
+    {first}
+    from taskgrad.sampling import AdaptiveBatchSampler, native
+    from taskgrad.sampling.policies import Uniform
+    print(native.load()[1])
+    print(list(AdaptiveBatchSampler({{"a": 900, "b": 20}}, 8, Uniform(), num_batches=3)))
+"""
+MISSING = 'sys.modules["taskgrad._index_engine"] = None'  # importing it fails
+
+
+def test_index_engine_runs_on_numpy_on_request_or_where_it_was_not_built():
+    asked = python(DRAW.format(first=""), {"TASKGRAD_NATIVE": "0"}, check=True).stdout.splitlines()
+    missing = python(DRAW.format(first=MISSING), {}, check=True).stdout.splitlines()
+    assert asked[0] == "NumPy because TASKGRAD_NATIVE=0"
+    assert (
+        missing[0].startswith("NumPy because ") and "built on installation where a C++ compiler is found" in missing[0]
+    )
+    assert asked[1] == missing[1]
+
+
+def test_index_engine_in_cpp_draws_the_same():
+    here = python(DRAW.format(first=""), {}, check=True).stdout.splitlines()
+    if not here[0].startswith("C++ at "):
+        pytest.skip("the C++ index engine is not built")
+    assert here[1] == python(DRAW.format(first=""), {"TASKGRAD_NATIVE": "0"}, check=True).stdout.splitlines()[1]
+
+
+def test_an_index_engine_demanded_and_missing_is_an_error():
+    code = f"import sys; {MISSING}; from taskgrad import cli; print('exit code', cli.main(['doctor']))"
+    done = python(code, {"TASKGRAD_NATIVE": "1"}, check=True)
+    assert "unavailable: TASKGRAD_NATIVE=1, but the C++ index engine is not available" in done.stdout
+    assert "exit code 1" in done.stdout
+    done = python(DRAW.format(first=MISSING), {"TASKGRAD_NATIVE": "1"})
+    assert "RuntimeError: TASKGRAD_NATIVE=1, but the C++ index engine is not available" in done.stderr
+
+
+def test_an_index_engine_of_other_sources_is_not_used():
+    stale = "from taskgrad.sampling import index_numpy; index_numpy.ALGORITHM = -1"
+    done = python(DRAW.format(first=stale), {}, check=True)
+    assert done.stdout.startswith("NumPy because ")
+
+
 def test_unknown_wish_is_an_error():
-    done = python(CALL, {"TASKGRAD_NATIVE": "yes"})
-    assert "TASKGRAD_NATIVE must be 0, 1 or unset, got 'yes'" in done.stderr
+    for code in (CALL, DRAW.format(first="")):
+        done = python(code, {"TASKGRAD_NATIVE": "yes"})
+        assert "TASKGRAD_NATIVE must be 0, 1 or unset, got 'yes'" in done.stderr
 
 
 @built_ahead

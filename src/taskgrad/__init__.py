@@ -19,7 +19,7 @@ from .capture import Capture, Probe, Unattributed, per_example, register_capture
 from .coverage import Coverage
 from .report import StepReport
 from .rows import Rows
-from .sampling import AdaptiveBatchSampler, AdaptiveSampler, policies
+from .sampling import AdaptiveBatchSampler, AdaptiveSampler, TaskIndex, policies
 from .tracker import TaskGradTracker, track
 
 __version__ = "0.1.0"
@@ -34,6 +34,7 @@ __all__ = [
     "Rows",
     "StepReport",
     "TaskGradTracker",
+    "TaskIndex",
     "Unattributed",
     "ops",
     "per_example",

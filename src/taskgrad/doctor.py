@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 from . import __version__
 from .ops import _native
 from .ops.sum_gram import MAX_ROWS, triton_obstacle
+from .sampling import native as index_engine
 
 Facts = dict[str, str | int | None]
 
@@ -43,12 +45,10 @@ def collect() -> tuple[Facts, bool]:
 
     Loads the native kernels, and so compiles them if no cached library is there.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the reason is among the facts
-            native, healthy = str(_native.status()), True
-    except (RuntimeError, ValueError) as error:
-        native, healthy = f"unavailable: {error}", False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reason is among the facts
+        kernels, kernels_found = _in_force(lambda: str(_native.status()))
+    engine, engine_found = _in_force(lambda: index_engine.load()[1])
     compiler = os.environ.get("CXX", "c++")
     facts: Facts = {
         "taskgrad": __version__,
@@ -64,10 +64,19 @@ def collect() -> tuple[Facts, bool]:
         "nvcc": _first_line("nvcc", "--version", containing="release"),
         "compiler": _first_line(compiler, "--version"),
         "ninja": _ninja(),
-        "sum_gram on cpu": native,
+        "sum_gram on cpu": kernels,
         "sum_gram on cuda": _cuda_path(),
+        "index engine": engine,
     }
-    return facts, healthy
+    return facts, kernels_found and engine_found
+
+
+def _in_force(status: Callable[[], str]) -> tuple[str, bool]:
+    """What ``status`` says, or why it fails, and whether it did not."""
+    try:
+        return status(), True
+    except (RuntimeError, ValueError) as error:
+        return f"unavailable: {error}", False
 
 
 def _version(package: str) -> str | None:

@@ -9,14 +9,19 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import pytest
 from torch.utils.data import DataLoader, Dataset
 
+from taskgrad.sampling import native
 from taskgrad.sampling.arrays import FloatArray
 from taskgrad.sampling.policies import Policy, PolicyState
 
 NAMES = ("text", "code", "legal", "poetry")
 SIZES = (700, 120, 30, 11)
 TASK_OF_EXAMPLE = np.random.default_rng(7).permutation(np.repeat(np.arange(4), SIZES))
+
+
+needs_extension = pytest.mark.skipif(native.load()[0] is None, reason="the C++ index engine is not built or not wanted")
 
 
 @dataclass(frozen=True)

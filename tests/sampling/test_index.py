@@ -1,17 +1,38 @@
 from __future__ import annotations
 
+import copy
 import itertools
+import json
 import math
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskgrad.sampling.index import MAX_BATCH_SIZE, Draw, IndexEngine
+from taskgrad.sampling import index_numpy, native
+from taskgrad.sampling.index import MAX_BATCHES, MAX_TASKS, Draw, IndexEngine
+from taskgrad.sampling.index_numpy import MAX_BATCH_SIZE
 from taskgrad.sampling.quota import ONE, to_units
 
 SIZES = np.array([5000, 300, 40, 7, 1])
+
+
+@pytest.fixture(scope="module", params=["C++", "NumPy"], autouse=True)
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test here holds for both engines."""
+    if request.param == "C++" and native.load()[0] is None:
+        pytest.skip("the C++ index engine is not built or not wanted")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "NumPy":
+            patch.setattr(native, "engine_class", lambda: index_numpy.Engine)
+        yield request.param
 
 
 def weights(*values: float) -> np.ndarray:
@@ -58,8 +79,8 @@ def test_large_tasks_walk_through_windows_of_the_same_permutation() -> None:
     assert sorted(drawn) == list(range(9000))
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**64 - 1), st.lists(st.integers(0, 700), min_size=1, max_size=12))
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**64 - 1), st.lists(st.integers(0, 400), min_size=1, max_size=12))
 def test_any_batch_at_any_time_is_the_same(seed: int, order: list[int]) -> None:
     changes = [(5, weights(1, 1, 1, 1, 1)), (300, weights(0, 0, 5, 1, 2)), (301, weights(9, 0, 0, 0, 1))]
     straight, jumping = engine(seed=seed, probe_every=9), engine(seed=seed, probe_every=9)
@@ -79,14 +100,16 @@ def test_far_seeks_use_snapshots_and_agree() -> None:
     assert np.array_equal(straight.totals(1500), jumping.totals(1500))
 
 
-def test_the_number_of_snapshots_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("taskgrad.sampling.index._SNAPSHOTS", 8)
-    monkeypatch.setattr("taskgrad.sampling.index._RECENT", 4)
-    thin, full = engine(), engine(seed=3)
-    for k in range(6000):
-        thin.totals(k)
-    assert len(thin._snapshots) <= 9
-    assert np.array_equal(thin.totals(1234), full.totals(1234))
+def test_snapshots_are_thinned_out_and_still_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_numpy, "SNAPSHOT_BYTES", 0)
+    monkeypatch.setattr(index_numpy, "SNAPSHOT_EVERY", 64)
+    monkeypatch.setattr(native, "engine_class", lambda: index_numpy.Engine)
+    thin = engine()
+    thin.totals(3000)
+    monkeypatch.undo()
+    full = engine()
+    assert len(thin._core._snapshots) <= 17
+    assert all(np.array_equal(thin.totals(k), full.totals(k)) for k in (2999, 1234, 63, 0, 3001))
 
 
 def test_a_change_drops_what_was_derived_beyond_it() -> None:
@@ -205,16 +228,189 @@ def test_batch_size_is_checked(batch_size: int) -> None:
         IndexEngine(0, SIZES, batch_size)
 
 
+@pytest.mark.parametrize(
+    "sizes, options, message",
+    [
+        (np.array([], dtype=np.int64), {}, "between 1 and 1048576 tasks, got 0"),
+        (np.ones(MAX_TASKS + 1, dtype=np.int64), {}, "between 1 and 1048576 tasks, got 1048577"),
+        (np.array([3, 0]), {}, "sizes must be positive"),
+        (np.array([2**62, 2**62, 2**62]), {}, r"sum to at most 2\*\*48"),
+        (np.array([3.0, 1.0]), {}, "sizes must be int64, one per task, got float64"),
+        (np.array([[3, 1]]), {}, r"sizes must be int64, one per task, got int64 of shape \(1, 2\)"),
+        (SIZES, {"first_batch": -1}, "first_batch must be between"),
+        (SIZES, {"first_batch": MAX_BATCHES}, "first_batch must be between"),
+        (SIZES, {"max_draws": np.ones(4, dtype=np.int64)}, r"max_draws must be int64, shape \(5,\)"),
+        (SIZES, {"max_draws": np.array([1, 1, 1, 1, -1])}, "max_draws must not be negative, got -1"),
+    ],
+)
+def test_limits_are_checked(sizes: np.ndarray, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        IndexEngine(0, sizes, 16, **options)
+
+
+def test_batches_and_weights_are_checked() -> None:
+    e = engine()
+    with pytest.raises(ValueError, match="beyond the limit of 2"):
+        e.draw(MAX_BATCHES + 1)
+    for bad in (weights(1, 1), np.full(5, 0.2), np.array([ONE + 1, -1, 0, 0, 0]), np.full(5, ONE)):
+        with pytest.raises(ValueError, match="weights must"):
+            e.commit(3, bad)
+    fresh = IndexEngine(0, SIZES, 4, first_batch=7)
+    with pytest.raises(RuntimeError, match="no weights are committed for batch 7 yet"):
+        fresh.draw(7)
+    assert fresh.totals(7).tolist() == [0] * 5
+    with pytest.raises(ValueError, match="the first weights must be for batch 7, got batch 8"):
+        fresh.commit(8, weights(1, 1, 1, 1, 1))
+
+
+def test_huge_sizes_and_caps_do_not_overflow() -> None:
+    sizes = np.array([2**47, 2**46, 3])
+    e = IndexEngine(2**64 - 1, sizes, MAX_BATCH_SIZE, era=2**70, max_draws=sizes * 2, probe_every=3)
+    e.commit(0, weights(1, 1, 1))
+    for k in range(8):
+        draw = e.draw(k)
+        assert draw.counts.sum() == MAX_BATCH_SIZE and (draw.counts >= 0).all()
+        assert (draw.positions >= 0).all() and (draw.positions < np.repeat(sizes, draw.counts)).all()
+    assert e.totals(8).tolist() == [MAX_BATCH_SIZE * 4 - 3, MAX_BATCH_SIZE * 4 - 3, 6]
+
+
 def test_the_largest_batch_does_not_overflow() -> None:
     e = IndexEngine(0, np.array([30_000, 10_000]), MAX_BATCH_SIZE)
     e.commit(0, weights(3, 1))
     assert e.draw(2).counts.tolist() == [MAX_BATCH_SIZE * 3 // 4, MAX_BATCH_SIZE // 4]
 
 
+GUARDS: dict[str, Any] = {"probe_every": 9, "max_draws": SIZES * 4000}
+
+
+def moved(**options: Any) -> IndexEngine:
+    e = engine(**options)
+    e.commit(700, weights(1, 2, 3, 0.01, 1e-7))
+    e.commit(2500, weights(5, 1, 1, 1, 1))
+    return e
+
+
+@pytest.mark.parametrize("options", [{}, GUARDS, {"first_batch": 40, "era": 2}])
+def test_a_snapshot_spares_the_replay_and_can_be_checked(options: dict[str, Any]) -> None:
+    straight = moved(**options)
+    first = straight._first
+    saved = json.loads(json.dumps(straight.snapshot(first + 2200)))
+    assert saved["batch"] == first + 2048
+    assert straight.snapshot(first + 1023)["batch"] == first
+    resumed = moved(**options)
+    resumed.restore(saved)
+    assert same(resumed.draw(first + 2200), straight.draw(first + 2200))
+    assert same(resumed.draw(first + 5), straight.draw(first + 5))
+    assert same(resumed.draw(first + 2600), straight.draw(first + 2600))
+    moved(**options).check(saved)
+
+
+def test_a_restored_snapshot_makes_far_batches_cheap(implementation: str) -> None:
+    far = 20_000 if implementation == "NumPy" else 1_000_000
+    straight, resumed = engine(), engine()
+    start = time.perf_counter()
+    straight.totals(far)
+    replay = time.perf_counter() - start
+    saved = straight.snapshot(far)
+    start = time.perf_counter()
+    resumed.restore(saved)
+    draw = resumed.draw(far)
+    assert time.perf_counter() - start < replay / 4
+    assert same(draw, straight.draw(far))
+
+
+def test_a_snapshot_that_was_changed_is_refused() -> None:
+    e = moved(**GUARDS)
+    saved = e.snapshot(1500)
+    for name in ("credit", "drawn", "last_seen", "probes"):
+        for change in ({0: 1}, {0: 1, 1: -1}):
+            bad = copy.deepcopy(saved)
+            for task, by in change.items():
+                bad[name][task] += by
+            with pytest.raises(ValueError, match="snapshot in the saved state was changed or belongs to another"):
+                moved(**GUARDS).restore(bad)
+    for bad in (
+        {**saved, "batch": 2048},
+        {**saved, "credit": saved["credit"][:-1]},
+        {**saved, "drawn": [10**30] * 5},
+        {name: saved[name] for name in saved if name != "probes"},
+    ):
+        with pytest.raises(ValueError, match="changed or belongs to another stream"):
+            moved(**GUARDS).restore(bad)
+
+
+def test_a_snapshot_of_another_stream_is_refused() -> None:
+    saved = moved().snapshot(1500)
+    other = engine()
+    other.commit(700, weights(1, 1, 1, 1, 1))
+    for e in (moved(seed=4), moved(era=1), moved(batch_size=17), other):
+        with pytest.raises(ValueError, match="belongs to another stream: its digest"):
+            e.restore(saved)
+    later = engine()  # what comes after the snapshot does not matter
+    later.commit(700, weights(1, 2, 3, 0.01, 1e-7))
+    later.restore(saved)
+
+
+def test_check_finds_a_forged_snapshot_whose_digest_is_right() -> None:
+    e = moved()
+    forged = e.snapshot(1500)
+    forged["drawn"][0] += 1
+    forged["drawn"][1] -= 1
+    forged["digest"] = e._digest(1024, [np.array(forged["credit"]), np.array(forged["drawn"])])
+    moved().restore(forged)
+    with pytest.raises(ValueError, match="is not what replaying the batches before it gives"):
+        moved().check(forged)
+
+
+def test_weights_committed_before_a_restored_snapshot_drop_it() -> None:
+    e, fresh = engine(), engine()
+    e.restore(engine().snapshot(2100))
+    for x in (e, fresh):
+        x.commit(1000, weights(1, 1, 1, 1, 1))
+    assert same(e.draw(2100), fresh.draw(2100))
+
+
+def test_copies_draw_the_same_and_go_their_own_way() -> None:
+    e = moved(**GUARDS)
+    e.draw(50)
+    for twin in (copy.deepcopy(e), pickle.loads(pickle.dumps(e))):
+        assert same(twin.draw(1000), e.draw(1000))
+        twin.commit(2600, weights(1, 1, 1, 1, 1))
+    e.commit(2501, weights(1, 1, 1, 1, 1))
+
+
+def test_threads_get_the_batches_that_one_would() -> None:
+    sizes = np.random.default_rng(1).integers(1, 3000, 200)
+    options: dict[str, Any] = {"sizes": sizes, "batch_size": 64, "probe_every": 30}
+    alone, shared = engine(**options), engine(**options)
+    count = 120
+    expected = [alone.draw(k) for k in range(count)]
+    wrong: list[int] = []
+
+    def work(offset: int) -> None:
+        order = [(k * 7 + offset * 31) % count if offset % 2 else k for k in range(count)]
+        for k in order:
+            draw, totals = shared.draw(k), shared.totals(k)
+            if not same(draw, expected[k]) or int(totals.sum()) != 64 * k:
+                wrong.append(k)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
 def test_fixed_stream_so_that_it_never_changes_unnoticed() -> None:
     e = engine(np.array([6, 3]), batch_size=4, seed=5)
     assert [(d.counts.tolist(), d.positions.tolist()) for d in map(e.draw, range(3))] == [
-        ([3, 1], [2, 3, 0, 0]),
-        ([2, 2], [4, 5, 2, 1]),
-        ([3, 1], [1, 0, 3, 0]),
+        ([3, 1], [1, 4, 5, 0]),
+        ([2, 2], [0, 2, 1, 2]),
+        ([3, 1], [3, 3, 1, 1]),
     ]

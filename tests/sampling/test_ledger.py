@@ -34,14 +34,21 @@ def test_the_entry_in_force_and_the_mean_mix() -> None:
 
 
 def test_json_round_trip_keeps_everything() -> None:
-    ledger = filled(start=7, era=1, past=[{"digest": "ab" * 32}])
+    ledger = filled(data="ids", start=7, era=1, past=[{"digest": "ab" * 32}])
     again = Ledger.from_dict(json.loads(json.dumps(ledger.to_dict())))
     assert again.to_dict() == ledger.to_dict()
     assert again.digest() == ledger.digest()
 
 
 def test_the_digest_covers_what_determines_the_stream() -> None:
-    ledgers = [filled(), filled(start=1), filled(era=1), filled(past=[{"digest": "00" * 32}]), Ledger([30, 10])]
+    ledgers = [
+        filled(),
+        filled(data="ids"),
+        filled(start=1),
+        filled(era=1),
+        filled(past=[{"digest": "00" * 32}]),
+        Ledger([30, 10]),
+    ]
     longer = filled()
     longer.append(30, units(1, 2), "x")
     later = Ledger([30, 10])

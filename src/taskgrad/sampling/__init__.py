@@ -6,5 +6,6 @@ from . import policies
 from .control import Realised
 from .ledger import Entry, Ledger
 from .sampler import AdaptiveBatchSampler, AdaptiveSampler
+from .task_index import TaskIndex
 
-__all__ = ["AdaptiveBatchSampler", "AdaptiveSampler", "Entry", "Ledger", "Realised", "policies"]
+__all__ = ["AdaptiveBatchSampler", "AdaptiveSampler", "Entry", "Ledger", "Realised", "TaskIndex", "policies"]

@@ -1,28 +1,33 @@
 """The index engine: batch k as a pure function of seed, sizes, batch size, engine guards, weights and k.
 
-Integers in, integers out, no torch: another engine can stand behind the same interface (``commit``, ``draw``,
-``totals``, ``probes``). State is derived, never saved: going to any batch replays the quotas (not the permutations)
-from the nearest snapshot, some tens of microseconds a batch.
+Integers in, integers out, no torch. ``csrc/index_engine`` computes it in C++, ``index_numpy`` in NumPy, bit for bit the
+same; ``native`` says which one is in force. State is derived: a snapshot of it, O(T), is kept every 1,024 batches, and
+going to any batch replays the quotas (not the permutations) from the nearest one. A saved snapshot only spares a
+resumed run the replay from the start; ``check`` proves it.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from typing import NamedTuple
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import BoolArray, IntArray
-from .permutation import SORTED_UP_TO, derive_key, permutation_window
-from .quota import ONE, allocate
+from . import native
+from .arrays import IntArray
+from .index_numpy import ALGORITHM, MAX_BATCH_SIZE
+from .quota import ONE
 
-ALGORITHM = 1
-"""Version of the stream: raised whenever the same input would give another one."""
+MAX_TASKS = 1 << 20
+MAX_EXAMPLES = 1 << 48
+"""Examples in all tasks together."""
 
-MAX_BATCH_SIZE = 1 << 20
-_WINDOW = 256
-_RECENT = 256
-_SNAPSHOTS = 512
+MAX_BATCHES = 1 << 40
+"""Batches of a run: with the largest batch, the draws of one task still fit 62 bits."""
+
+_MASK = (1 << 64) - 1
 
 
 class Draw(NamedTuple):
@@ -33,19 +38,13 @@ class Draw(NamedTuple):
     positions: IntArray
 
 
-class _State(NamedTuple):
-    credit: IntArray
-    drawn: IntArray
-    last_seen: IntArray
-    probes: IntArray
-
-
 class IndexEngine:
     """Draws batches ``first_batch, first_batch + 1, ...``; nothing has been drawn of any task before.
 
     ``sizes`` int64 [T], all positive; ``probe_every``: no task stays unseen for more than this many batches;
     ``max_draws`` int64 [T]: most examples ever drawn of each task; ``era`` enters the keys of the permutations.
-    ``commit`` must have given weights for ``first_batch`` before the first draw.
+    ``commit`` must have given weights for ``first_batch`` before the first draw. Safe to call from several threads;
+    the C++ engine lets go of the interpreter's lock while it computes.
     """
 
     def __init__(
@@ -59,186 +58,169 @@ class IndexEngine:
         probe_every: int | None = None,
         max_draws: IntArray | None = None,
     ) -> None:
+        sizes = _integers("sizes", sizes, None)
+        tasks = len(sizes)
+        if not 1 <= tasks <= MAX_TASKS:
+            raise ValueError(f"there must be between 1 and {MAX_TASKS} tasks, got {tasks}")
+        if int(sizes.min()) < 1 or sizes.sum(dtype=np.float64) > MAX_EXAMPLES:
+            raise ValueError(
+                f"sizes must be positive and sum to at most 2**48, got {int(sizes.min())} to {int(sizes.max())}"
+            )
         if not 1 <= batch_size <= MAX_BATCH_SIZE:
             raise ValueError(f"batch_size must be between 1 and {MAX_BATCH_SIZE}, got {batch_size}")
-        if probe_every is not None and len(sizes) > probe_every * batch_size:
-            least = -(-len(sizes) // batch_size)
+        if not 0 <= first_batch < MAX_BATCHES:
+            raise ValueError(f"first_batch must be between 0 and 2**40 - 1, got {first_batch}")
+        if probe_every is not None and not tasks <= probe_every * batch_size:
+            least = -(-tasks // batch_size)
             raise ValueError(
-                f"probe_every={probe_every} is too small: {len(sizes)} tasks do not fit into {probe_every} batches of "
+                f"probe_every={probe_every} is too small: {tasks} tasks do not fit into {probe_every} batches of "
                 f"{batch_size}; it must be at least {least}, and well above that to leave slots for the mix"
             )
-        self._sizes = sizes
+        if max_draws is not None:
+            max_draws = _integers("max_draws", max_draws, tasks)
+            if int(max_draws.min()) < 0:
+                raise ValueError(f"max_draws must not be negative, got {int(max_draws.min())}")
+        self._tasks = tasks
         self._batch_size = batch_size
         self._first = first_batch
-        self._probe_every = probe_every
-        self._max_draws = max_draws
-        self._pass_keys = [derive_key(ALGORITHM, seed, era, 1, task) for task in range(len(sizes))]
-        self._tie_key = derive_key(ALGORITHM, seed, era, 2)
-        self._starts: list[int] = []
-        self._accruals: list[IntArray] = []
-        self._live: tuple[int, bytes, IntArray] | None = None
-        self._windows: dict[int, tuple[int, int, IntArray]] = {}
-        zero = np.zeros(len(sizes), dtype=np.int64)
-        start = _State(zero, zero, np.full(len(sizes), first_batch - 1, dtype=np.int64), zero)
-        self._snapshots: dict[int, _State] = {first_batch: start}
-        self._recent: dict[int, _State] = {}
-        self._stride = 256
-        self._furthest = first_batch
+        self._arguments = (int(seed) & _MASK, sizes, int(batch_size), int(first_batch), int(era) & _MASK)
+        self._guards = (min(int(probe_every or 0), MAX_BATCHES), max_draws)
+        self._changes: list[tuple[int, IntArray]] = []
+        self._core = native.engine_class()(*self._arguments, *self._guards)
 
     def commit(self, effective_at: int, weights: IntArray) -> None:
         """Weights int64 [T], summing to 2**40, for batches from ``effective_at`` on. Derived states after it go."""
-        if self._starts and effective_at <= self._starts[-1]:
-            raise ValueError(f"batch {effective_at} is not after the last change, at batch {self._starts[-1]}")
-        self._starts.append(effective_at)
-        self._accruals.append(weights * self._batch_size)
-        if self._furthest > effective_at:
-            for states in (self._snapshots, self._recent):
-                for k in [k for k in states if k > effective_at]:
-                    del states[k]
-            self._furthest = effective_at
+        weights = _integers("weights", weights, self._tasks)
+        if int(weights.min()) < 0 or int(weights.max()) > ONE or int(weights.sum()) != ONE:
+            raise ValueError(f"weights must not be negative and must sum to 2**40, got a sum of {int(weights.sum())}")
+        if self._changes and effective_at <= self._changes[-1][0]:
+            raise ValueError(f"batch {effective_at} is not after the last change, at batch {self._changes[-1][0]}")
+        if not self._changes and effective_at != self._first:
+            raise ValueError(f"the first weights must be for batch {self._first}, got batch {effective_at}")
+        self._changes.append((int(effective_at), weights.copy()))
+        self._core.commit(int(effective_at), weights)
 
     def draw(self, k: int) -> Draw:
         """Batch ``k``. Raises RuntimeError when every task with any weight has been drawn ``max_draws`` times."""
-        before = self._state(k)
-        drawn = self._state(k + 1).drawn
-        counts = drawn - before.drawn
-        parts = [self._positions(int(t), int(before.drawn[t]), int(counts[t])) for t in np.flatnonzero(counts)]
-        return Draw(counts, np.concatenate(parts))
+        return Draw(*self._core.draw(self._reachable(k, drawing=True)))
 
     def totals(self, k: int) -> IntArray:
         """Examples of each task in the batches before ``k``, int64 [T]."""
-        return self._state(k).drawn
+        totals: IntArray = self._core.totals(self._reachable(k))
+        return totals
 
     def probes(self, k: int) -> IntArray:
         """Slots that ``probe_every`` took for each task in the batches before ``k``, int64 [T]."""
-        return self._state(k).probes
+        probes: IntArray = self._core.probes(self._reachable(k))
+        return probes
 
-    def _state(self, k: int) -> _State:
-        found = self._recent.get(k)
-        if found is not None:
-            return found
+    def snapshot(self, k: int) -> dict[str, Any]:
+        """The nearest snapshot at batch ``k`` or before, JSON-able: integers, and a digest of them and of all that
+        they follow from."""
+        batch = self._core.snapshot_at(self._reachable(k))
+        return self._to_dict(batch)
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Take over what ``snapshot`` gave, so that batches after it need no replay of those before.
+
+        Raises ValueError where it was changed or belongs to another stream; ``check`` does not even trust its digest.
+        """
+        batch, arrays = self._from_dict(snapshot)
+        self._core.restore(batch, *arrays)
+
+    def check(self, snapshot: Mapping[str, Any]) -> None:
+        """Raises ValueError unless replaying all batches before it, on a fresh engine, gives this very snapshot."""
+        batch, _ = self._from_dict(snapshot)
+        fresh = IndexEngine(
+            *self._arguments[:3],
+            first_batch=self._first,
+            era=self._arguments[4],
+            probe_every=self._guards[0] or None,
+            max_draws=self._guards[1],
+        )
+        for effective_at, weights in self._changes:
+            fresh.commit(effective_at, weights)
+        if fresh._to_dict(batch) != dict(snapshot):
+            raise ValueError(f"the snapshot of batch {batch} is not what replaying the batches before it gives")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self._arguments, self._guards, self._changes)
+
+    def _reachable(self, k: int, drawing: bool = False) -> int:
         if k < self._first:
             raise ValueError(f"batch {k} lies before batch {self._first}, where this data's ledger begins")
-        at = k - 1
-        if at not in self._recent:
-            at = max(s for states in (self._snapshots, self._recent) for s in states if s <= k)
-        state = self._recent[at] if at in self._recent else self._snapshots[at]
-        while at < k:
-            state = self._step(at, state)
-            at += 1
-            self._keep(at, state)
-        return state
+        if k > MAX_BATCHES:
+            raise ValueError(f"batch {k} is beyond the limit of 2**40 batches")
+        if not self._changes and k + drawing > self._first:
+            raise RuntimeError(f"no weights are committed for batch {self._first} yet")
+        return int(k)
 
-    def _keep(self, k: int, state: _State) -> None:
-        self._recent[k] = state
-        self._furthest = max(self._furthest, k)
-        if len(self._recent) > _RECENT:
-            del self._recent[next(iter(self._recent))]
-        if (k - self._first) % self._stride == 0:
-            self._snapshots[k] = state
-            if len(self._snapshots) > _SNAPSHOTS:
-                self._stride *= 2
-                for s in [s for s in self._snapshots if (s - self._first) % self._stride]:
-                    del self._snapshots[s]
+    def _to_dict(self, batch: int) -> dict[str, Any]:
+        names = ("credit", "drawn", "last_seen", "probes")[: 4 if self._guards[0] else 2]
+        arrays = dict(zip(names, self._core.state(batch), strict=False))
+        out: dict[str, Any] = {"batch": batch, **{name: values.tolist() for name, values in arrays.items()}}
+        return {**out, "digest": self._digest(batch, list(arrays.values()))}
 
-    def _step(self, k: int, state: _State) -> _State:
-        credit, drawn, last_seen, probes = state
-        accrual, room = self._accrual(k, drawn)
-        credit = credit + accrual
-        limit = None
-        if room is not None:
-            limit = np.where(accrual > 0, room, 0)
-            beyond = credit > limit * ONE
-            if beyond.any():
-                credit = _set(credit, beyond, limit * ONE, np.where(beyond, 0, accrual))
-        forced = None
-        if self._probe_every is not None:
-            forced = self._due(last_seen + self._probe_every - k, room)
-            if forced is not None:
-                # A probe is an example drawn early as far as the task's own share will pay for it; the rest is taken
-                # from the mix for good. So a tiny weight runs up no debt that would starve the task when it rises.
-                asked = forced & (credit <= 0)
-                if asked.any():
-                    credit = _set(credit, asked, np.ones_like(credit), np.where(forced, 0, accrual))
-                    probes = probes + asked
-        counts = allocate(credit, accrual, self._batch_size, derive_key(self._tie_key, k), forced, limit)
-        credit = credit - counts * ONE
-        if limit is not None:
-            used_up = counts >= limit
-            if credit[used_up].any():
-                credit = _set(credit, used_up, np.zeros_like(credit), np.where(used_up, 0, accrual))
-        return _State(credit, drawn + counts, np.where(counts > 0, k, last_seen), probes)
+    def _from_dict(self, snapshot: Mapping[str, Any]) -> tuple[int, list[IntArray]]:
+        wrong = "the snapshot in the saved state was changed or belongs to another stream: {}; delete it to replay"
+        names = ("credit", "drawn", "last_seen", "probes")[: 4 if self._guards[0] else 2]
+        if set(snapshot) != {"batch", "digest", *names}:
+            raise ValueError(wrong.format(f"its keys are {sorted(snapshot)}"))
+        batch = self._reachable(snapshot["batch"])
+        try:
+            arrays = [_integers(name, np.array(snapshot[name], dtype=np.int64), self._tasks) for name in names]
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ValueError(wrong.format(error)) from None
+        if self._digest(batch, arrays) != snapshot["digest"]:
+            raise ValueError(wrong.format("its digest does not match"))
+        if not self._plausible(batch, arrays):
+            raise ValueError(wrong.format("its counts do not add up"))
+        if not self._guards[0]:
+            arrays += [np.full(self._tasks, self._first - 1), np.zeros(self._tasks, dtype=np.int64)]
+        return batch, arrays
 
-    def _accrual(self, k: int, drawn: IntArray) -> tuple[IntArray, IntArray | None]:
-        """What batch k adds to every credit, and how many more examples each task may give (None: any number)."""
-        change = bisect_right(self._starts, k) - 1
-        accrual = self._accruals[change]
-        if self._max_draws is None:
-            return accrual, None
-        room = self._max_draws - drawn
-        if not room.all():
-            mask = (room > 0).tobytes()
-            if self._live is None or self._live[:2] != (change, mask):
-                self._live = (change, mask, _without(accrual, room > 0))
-            accrual = self._live[2]
-        if int(room[accrual > 0].sum()) < self._batch_size:
-            raise RuntimeError(
-                f"batch {k} cannot be filled: the tasks that have any weight have been drawn max_epochs times; raise "
-                "max_epochs, give other tasks some weight, or stop here"
-            )
-        return accrual, room
+    def _plausible(self, batch: int, arrays: list[IntArray]) -> bool:
+        credit, drawn = arrays[:2]
+        done = batch - self._first
+        most = ONE * (self._batch_size + 1 + math.log(self._tasks))
+        fine = (
+            int(credit.sum()) == 0
+            and int(np.abs(credit).max()) <= most
+            and int(drawn.min()) >= 0
+            and int(drawn.max()) <= done * self._batch_size
+            and int(drawn.sum()) == done * self._batch_size
+        )
+        if len(arrays) > 2:
+            last_seen, probes = arrays[2:]
+            fine &= self._first - 1 <= int(last_seen.min()) and int(last_seen.max()) < batch
+            fine &= int(probes.min()) >= 0 and int(probes.max()) <= done
+        return fine
 
-    def _due(self, slack: IntArray, room: IntArray | None) -> BoolArray | None:
-        """Tasks that must be in this batch, so that every later deadline can be met too."""
-        if room is not None:
-            slack = np.where(room > 0, slack, np.iinfo(np.int32).max)
-        if len(slack) <= self._batch_size:
-            due: BoolArray = slack <= 0
-            return due if due.any() else None
-        order = np.argsort(slack, kind="stable")
-        ranks = np.arange(1, len(slack) + 1)
-        needed = int((ranks - slack[order] * self._batch_size).max())
-        if needed <= 0:
-            return None
-        due = np.zeros(len(slack), dtype=np.bool_)
-        due[order[: min(needed, self._batch_size)]] = True
-        return due
-
-    def _positions(self, task: int, start: int, count: int) -> IntArray:
-        size = int(self._sizes[task])
-        window = size if size <= SORTED_UP_TO else _WINDOW
-        parts = []
-        while count:
-            done, position = divmod(start, size)
-            block = position // window
-            kept = self._windows.get(task)
-            if kept is None or kept[0] != done or kept[1] != block:
-                key = derive_key(self._pass_keys[task], done)
-                first = block * window
-                kept = (done, block, permutation_window(size, key, first, min(first + window, size)))
-                self._windows[task] = kept
-            offset = position - block * window
-            part = kept[2][offset : offset + count]
-            parts.append(part)
-            start += len(part)
-            count -= len(part)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    def _digest(self, batch: int, arrays: list[IntArray]) -> str:
+        seed, sizes, batch_size, first, era = self._arguments
+        probe_every, max_draws = self._guards
+        digest = hashlib.sha256(f"{ALGORITHM} {seed} {batch_size} {first} {era} {probe_every} {batch}".encode())
+        for values in (sizes, np.empty(0, np.int64) if max_draws is None else max_draws, *arrays):
+            digest.update(values.astype("<i8").tobytes())
+        for effective_at, weights in self._changes:
+            if effective_at < batch:
+                digest.update(effective_at.to_bytes(8, "little") + weights.astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
-def _without(accrual: IntArray, live: BoolArray) -> IntArray:
-    """The accrual of tasks that are used up, spread over the others in proportion; the sum stays what it was."""
-    return _set(accrual, ~live, np.zeros_like(accrual), np.where(live, accrual, 0))
+def _rebuild(arguments: tuple[Any, ...], guards: tuple[Any, ...], changes: list[tuple[int, IntArray]]) -> IndexEngine:
+    # Everything else is derived from these.
+    seed, sizes, batch_size, first_batch, era = arguments
+    engine = IndexEngine(
+        seed, sizes, batch_size, first_batch=first_batch, era=era, probe_every=guards[0] or None, max_draws=guards[1]
+    )
+    for effective_at, weights in changes:
+        engine.commit(effective_at, weights)
+    return engine
 
 
-def _set(amounts: IntArray, who: BoolArray, values: IntArray, payers: IntArray) -> IntArray:
-    """``amounts`` with ``values`` at ``who``; the difference goes to ``payers`` in proportion, so that the sum stands.
-
-    Where there are no payers nothing changes.
-    """
-    total = int(payers.sum())
-    if total == 0:
-        return amounts
-    freed = int((amounts - values)[who].sum())
-    shares = [int(payer) * freed // total for payer in payers]  # Python integers: the product exceeds 64 bits
-    shares[int(payers.argmax())] += freed - sum(shares)
-    return np.where(who, values, amounts) + np.array(shares, dtype=np.int64)
+def _integers(name: str, values: IntArray, tasks: int | None) -> IntArray:
+    if values.dtype != np.int64 or values.ndim != 1 or tasks not in (None, len(values)):
+        want = "one per task" if tasks is None else f"shape ({tasks},)"
+        raise ValueError(f"{name} must be int64, {want}, got {values.dtype} of shape {values.shape}")
+    return np.ascontiguousarray(values)

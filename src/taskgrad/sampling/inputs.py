@@ -3,64 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from .arrays import FloatArray, IntArray, to_numpy
-
-
-@dataclass(frozen=True)
-class TaskIndex:
-    """Examples grouped by task.
-
-    ``tasks``: names; ``named``: False where they are only the numbers "0", "1", ...; ``sizes`` int64 [T]; ``offsets``
-    int64 [T]: where each task begins in ``order``; ``order`` int64 [examples], the data set's indices sorted by task,
-    or None where the data set already is (position = index).
-    """
-
-    tasks: tuple[str, ...]
-    named: bool
-    sizes: IntArray
-    offsets: IntArray
-    order: IntArray | None
-
-    def examples(self, counts: IntArray, positions: IntArray) -> list[int]:
-        """Data set indices of a draw."""
-        rows = np.repeat(self.offsets, counts) + positions
-        found: list[int] = (rows if self.order is None else self.order[rows]).tolist()
-        return found
+from .arrays import FloatArray, to_numpy
+from .task_index import TaskIndex, check_ids, check_names, from_ids, from_ranges
 
 
 def group_by_task(task_of_example: Any, tasks: Sequence[str] | None, dataset: Any = None) -> TaskIndex:
     """Group examples by task.
 
     ``task_of_example``: one task index (integers; list, array or tensor) or one task name (strings, with ``tasks``)
-    per example. ``dataset``: anything with a length, to check against. Raises TypeError or ValueError.
+    per example; a mapping from names to numbers of examples or ranges, for tasks that lie in one piece each; or a
+    ``TaskIndex``. ``dataset``: anything with a length, to check against. Raises TypeError or ValueError.
     """
-    names = None if tasks is None else _names(tasks)
-    ids = _ids(task_of_example, names)
-    if dataset is not None and len(dataset) != len(ids):
-        raise ValueError(f"task_of_example has {len(ids)} entries, the dataset has {len(dataset)} examples")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0:
-        count = int((ids < 0).sum())
-        raise ValueError(
-            f"task_of_example has {count} negative ids (lowest {low}); every example needs a task to be sampled: "
-            "give examples of no task one of their own, for instance 'rest'"
-        )
-    if names is not None and high >= len(names):
-        raise ValueError(f"task_of_example has the id {high}, but there are only {len(names)} tasks: {list(names)}")
-    sizes = np.bincount(ids, minlength=len(names) if names is not None else 0).astype(np.int64)
-    labels = names if names is not None else tuple(str(t) for t in range(len(sizes)))
-    empty = [labels[t] for t in np.flatnonzero(sizes == 0)]
-    if empty:
-        raise ValueError(f"these tasks have no examples: {empty}; leave them out of tasks, or add examples")
-    offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
-    is_sorted = bool((ids[1:] >= ids[:-1]).all())
-    order = None if is_sorted else np.argsort(ids, kind="stable").astype(np.int64)
-    return TaskIndex(labels, names is not None, sizes, offsets, order)
+    names = None if tasks is None else check_names(tasks)
+    if isinstance(task_of_example, TaskIndex):
+        index = _with_names(task_of_example, names)
+    elif isinstance(task_of_example, Mapping):
+        index = from_ranges(task_of_example, names)
+    else:
+        index = from_ids(_ids(task_of_example, names), names)
+    if dataset is not None:
+        _check_length(index, len(dataset), task_of_example)
+    return index
 
 
 def per_task(name: str, value: Any, tasks: Sequence[str], default: float) -> FloatArray:
@@ -69,16 +38,23 @@ def per_task(name: str, value: Any, tasks: Sequence[str], default: float) -> Flo
         return np.full(len(tasks), default)
     if isinstance(value, Mapping):
         out = np.full(len(tasks), default)
-        for task in known(name, value, tasks):
-            out[list(tasks).index(task)] = float(value[task])
+        for task, number in zip(known(name, value, tasks), _floats(name, list(value.values())), strict=True):
+            out[list(tasks).index(task)] = number
     else:
-        array = np.asarray(to_numpy(value), dtype=np.float64)
+        array = _floats(name, value)
         if array.ndim and array.shape != (len(tasks),):
             raise ValueError(f"{name} must be a number or one per task ({len(tasks)}), got shape {array.shape}")
         out = np.broadcast_to(array, (len(tasks),)).copy()
     if not np.isfinite(out).all():
         raise ValueError(f"{name} must be finite, got {out.tolist()}")
     return out
+
+
+def _floats(name: str, value: Any) -> FloatArray:
+    try:
+        return np.asarray(to_numpy(value), dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must hold numbers, got {value!r}") from None
 
 
 def known(name: str, given: Any, tasks: Sequence[str]) -> list[str]:
@@ -100,28 +76,32 @@ def count_of(name: str, value: Any, least: int) -> int:
     return number
 
 
-def _names(tasks: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(tasks, str) or not all(isinstance(task, str) for task in tasks):
-        raise TypeError(f"tasks must be a sequence of names, got {tasks!r}")
-    names = tuple(tasks)
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"tasks must be distinct names, at least one, got {list(names)}")
-    return names
+def _with_names(index: TaskIndex, names: tuple[str, ...] | None) -> TaskIndex:
+    if names is None or names == index.tasks:
+        return index
+    if index.named or len(names) != len(index.tasks):
+        raise ValueError(f"tasks are {list(names)}, but the TaskIndex has {list(index.tasks)}: leave tasks out")
+    return replace(index, tasks=names, named=True)
 
 
-def _ids(task_of_example: Any, names: tuple[str, ...] | None) -> IntArray:
+def _check_length(index: TaskIndex, length: int, task_of_example: Any) -> None:
+    if isinstance(task_of_example, Mapping):
+        last = int((index.offsets + index.sizes).max())
+        may_leave_out = all(isinstance(piece, range) for piece in task_of_example.values())
+        if last > length or (last < length and not may_leave_out):
+            raise ValueError(f"the tasks of task_of_example end at example {last}, the dataset has {length} examples")
+    elif len(index) != length:
+        raise ValueError(f"task_of_example has {len(index)} entries, the dataset has {length} examples")
+
+
+def _ids(task_of_example: Any, names: tuple[str, ...] | None) -> npt.NDArray[Any]:
     array = to_numpy(task_of_example)
-    if array.ndim != 1 or not len(array):
-        raise ValueError(
-            f"task_of_example must hold one task per example, got shape {array.shape}; ids per token are for the "
-            "tracker, a sampler needs one per example"
-        )
-    if array.dtype.kind in "US" or (array.dtype.kind == "O" and isinstance(array[0], str)):
-        if names is None:
-            raise ValueError("task_of_example holds names: pass tasks=[...] too, in the order the tracker has them")
-        unique, inverse = np.unique(array.astype(str), return_inverse=True)
-        known("task_of_example", unique, names)
-        return np.array([names.index(str(name)) for name in unique], dtype=np.int64)[inverse]
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"task_of_example must hold integers or names, got {array.dtype}")
-    return array.astype(np.int64)
+    is_text = array.dtype.kind in "US" or (array.dtype.kind == "O" and array.size and isinstance(array.flat[0], str))
+    if array.ndim != 1 or not is_text:
+        return check_ids(array)
+    if names is None:
+        raise ValueError("task_of_example holds names: pass tasks=[...] too, in the order the tracker has them")
+    unique, inverse = np.unique(array.astype(str), return_inverse=True)
+    known("task_of_example", unique, names)
+    number = {name: t for t, name in enumerate(names)}
+    return np.array([number[str(name)] for name in unique], dtype=np.int64)[inverse]

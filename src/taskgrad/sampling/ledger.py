@@ -32,16 +32,23 @@ class Entry:
 
 
 class Ledger:
-    """Entries for data of fixed ``sizes``, from batch ``start`` on.
+    """Entries for data of fixed ``sizes``, from batch ``start`` on; ``data`` says which example is of which task.
 
     When the data change, a new ledger takes over (``succeed``): ``era`` counts them, ``past`` holds the earlier ones
     in JSON form, and the digest covers them.
     """
 
     def __init__(
-        self, sizes: Sequence[int] | IntArray, *, start: int = 0, era: int = 0, past: Sequence[dict[str, Any]] = ()
+        self,
+        sizes: Sequence[int] | IntArray,
+        *,
+        data: str = "",
+        start: int = 0,
+        era: int = 0,
+        past: Sequence[dict[str, Any]] = (),
     ) -> None:
         self.sizes = tuple(int(n) for n in sizes)
+        self.data = data
         self.start = start
         self.era = era
         self.past = tuple(past)
@@ -50,7 +57,7 @@ class Ledger:
         self._hash = hashlib.sha256()
         for earlier in self.past:
             self._hash.update(bytes.fromhex(earlier["digest"]))
-        self._hash.update(np.array([era, start, *self.sizes], dtype="<i8").tobytes())
+        self._hash.update(np.array([era, start, *self.sizes], dtype="<i8").tobytes() + data.encode())
 
     def append(self, effective_at: int, weights: IntArray, cause: str, bound: Sequence[str] = ()) -> Entry:
         """Add an entry. Raises ValueError unless it is later than the last one and its weights fit the ledger."""
@@ -90,7 +97,7 @@ class Ledger:
         return total / max(stop - start, 1)
 
     def digest(self) -> str:
-        """SHA-256 over sizes, batches and weights, in hexadecimal: equal digests mean equal streams."""
+        """SHA-256 over data, batches and weights, in hexadecimal: equal digests mean equal streams."""
         return self._hash.hexdigest()
 
     def __len__(self) -> int:
@@ -106,6 +113,7 @@ class Ledger:
         """JSON-able form: about 14 characters per task and entry."""
         return {
             "sizes": list(self.sizes),
+            "data": self.data,
             "start": self.start,
             "era": self.era,
             "past": list(self.past),
@@ -116,7 +124,7 @@ class Ledger:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Ledger:
         """The ledger that ``to_dict`` wrote. Raises ValueError where its digest does not match its content."""
-        ledger = cls(data["sizes"], start=data["start"], era=data["era"], past=data["past"])
+        ledger = cls(data["sizes"], data=data["data"], start=data["start"], era=data["era"], past=data["past"])
         for effective_at, weights, cause, bound in data["entries"]:
             ledger.append(effective_at, np.array(weights, dtype=np.int64), cause, bound)
         if ledger.digest() != data["digest"]:

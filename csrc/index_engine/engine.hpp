@@ -1,0 +1,103 @@
+// Batch k as a pure function of seed, sizes, batch size, guards, weights and k. Twin: taskgrad/sampling/index_numpy.py.
+#pragma once
+
+#include <cstdint>
+#include <list>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "permutation.hpp"
+#include "quota.hpp"
+
+namespace taskgrad {
+
+constexpr std::int64_t kAlgorithm = 1;
+constexpr std::int64_t kMaxBatchSize = std::int64_t{1} << 20;
+
+// Arguments are checked in taskgrad/sampling/index.py; here only what memory safety needs. One call runs at a time.
+class Engine {
+ public:
+  Engine(std::uint64_t seed, Ints sizes, std::int64_t batch_size, std::int64_t first_batch, std::uint64_t era,
+         std::int64_t probe_every, std::optional<Ints> max_draws);
+
+  // Weights from batch `effective_at` on, which must be later than the last ones.
+  void commit(std::int64_t effective_at, const Ints& weights);
+
+  // Writes counts [tasks] and positions [batch size] of batch k.
+  void draw(std::int64_t k, std::int64_t* counts, std::int64_t* positions);
+
+  // Before batch k: a copy of the state, and the batch of the nearest snapshot at k or before.
+  State state(std::int64_t k);
+  std::int64_t snapshot_at(std::int64_t k);
+
+  // Takes over what `state(k)` gave, as a snapshot.
+  void restore(std::int64_t k, State state);
+
+  std::int64_t tasks() const { return static_cast<std::int64_t>(sizes_.size()); }
+  std::int64_t batch_size() const { return batch_size_; }
+
+ private:
+  struct Cursor {
+    std::int64_t at;
+    State state;
+  };
+
+  // The pass that a task is in: examples from `begin` to `begin + size` of all its draws.
+  struct Pass {
+    std::int64_t begin = -1;
+    Feistel feistel;
+    std::vector<std::uint8_t> order;
+  };
+
+  // A position that its network has put outside of the domain so far.
+  struct Walk {
+    const Feistel* feistel;
+    std::int64_t* out;
+  };
+
+  Cursor& at(std::int64_t k);
+  void step(Cursor& cursor);
+  void keep_snapshot(const Cursor& cursor);
+  const Accrual& accrual(std::int64_t k, const Ints& drawn);
+  void write_positions(const Ints& drawn, const Ints& counts, std::int64_t* out);
+  const Pass& enter_pass(std::size_t task, std::int64_t index);
+  void walk();
+
+  const Ints sizes_;
+  const std::int64_t batch_size_;
+  const std::int64_t first_;
+  const std::int64_t probe_every_;
+  const std::optional<Ints> max_draws_;
+  std::vector<std::uint64_t> task_keys_;
+  std::uint64_t tie_key_;
+
+  std::mutex mutex_;
+  Ints starts_;
+  std::vector<Accrual> accruals_;
+  std::int64_t stride_;
+  std::map<std::int64_t, State> snapshots_;
+  std::list<Cursor> cursors_;  // the last one used comes first
+  std::vector<Pass> passes_;
+  std::vector<std::size_t> present_;
+  std::vector<Walk> walks_;
+  std::size_t walking_ = 0;
+
+  // Accrual without the tasks that are used up, for the weights and the set of tasks it was last asked for.
+  struct Live {
+    std::size_t change;
+    Flags used_up;
+    Accrual accrual;
+  };
+  std::optional<Live> live_;
+
+  Allocator allocator_;
+  Ints room_;
+  Ints limit_;
+  Ints payers_;
+  Ints values_;
+  Flags marked_;
+};
+
+}  // namespace taskgrad

@@ -1,0 +1,30 @@
+from collections.abc import Callable
+from typing import Any
+
+import numpy.typing as npt
+
+ALGORITHM: int
+
+class Engine:
+    """Same methods as ``taskgrad.sampling.index_numpy.Engine``."""
+
+    def __init__(
+        self,
+        seed: int,
+        sizes: npt.NDArray[Any],
+        batch_size: int,
+        first_batch: int,
+        era: int,
+        probe_every: int,
+        max_draws: npt.NDArray[Any] | None,
+    ) -> None: ...
+    def commit(self, effective_at: int, weights: npt.NDArray[Any]) -> None: ...
+    def draw(self, k: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]: ...
+    def totals(self, k: int) -> npt.NDArray[Any]: ...
+    def probes(self, k: int) -> npt.NDArray[Any]: ...
+    def snapshot_at(self, k: int) -> int: ...
+    def state(self, k: int) -> tuple[npt.NDArray[Any], ...]: ...
+    def restore(self, k: int, *state: npt.NDArray[Any]) -> None: ...
+
+permutation_window: Callable[[int, int, int, int], npt.NDArray[Any]]
+scatter: Callable[[npt.NDArray[Any], int, npt.NDArray[Any], npt.NDArray[Any]], None]
