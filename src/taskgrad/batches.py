@@ -31,7 +31,8 @@ class Batch:
         self._weight, self._enter, self._leave = weight, enter, leave
 
     def losses(self, per_row: Tensor) -> None:
-        """Enter the loss of every row, in the shape of the ids; fills ``StepReport.loss``."""
+        """Enter the loss of every row, in the shape of the ids, not multiplied by any ``loss_weight``; fills
+        ``StepReport.loss``."""
         if tuple(per_row.shape) != self.task_rows.shape:
             raise ValueError(f"per_row must have the shape of ids, {self.task_rows.shape}, got {tuple(per_row.shape)}")
         values = per_row.detach().double().reshape(-1)

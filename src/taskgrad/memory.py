@@ -24,7 +24,6 @@ COLUMNS = 1 << 14  # worked on at a time, so that what is between two passes sta
 class Reading:
     """What one step's gradients say against the memory; float64, NaN where undefined."""
 
-    share: Tensor  # Σw / Σ_{rows of t} w [T], what makes g_t the mean gradient ḡ_t; 0 for absent tasks
     norm: Tensor  # ‖ḡ_t‖ [T]
     signal: Tensor  # ⟨m_t, ḡ_t⟩ [T]
     memory_dot: Tensor  # ⟨m_t, g_s⟩ [T, T + 1], the last column is rest
@@ -67,17 +66,16 @@ class TaskMemory:
         bias = 1 - self.decay ** self.count.double()
         return torch.where(self.count > 0, 1 / bias, 0.0)[:, None]
 
-    def read(self, gradient: Tensor, weight: Tensor, theta: Tensor) -> Reading:
+    def read(self, gradient: Tensor, share: Tensor, theta: Tensor) -> Reading:
         """Products of the step's gradients with the memory.
 
         Args:
             gradient: G [T + 1, K], the last row is rest.
-            weight: [T + 1], float64, summed loss weights of the rows.
+            share: [T], float64, what makes g_t the mean gradient ḡ_t: Σw / Σ_{rows of t} w; 0 for absent tasks.
             theta: [K], float64, the parameters the gradients were taken at.
         """
         tasks = self.count.shape[0]
-        present, had = weight[:tasks] > 0, self.count > 0
-        share = torch.where(present, weight.sum() / weight[:tasks], 0.0)
+        present, had = share > 0, self.count > 0
         correction = self._correction()
         dots = torch.zeros(tasks, tasks + 1, dtype=torch.float64, device=gradient.device)
         square, signal, own, others, bend = torch.zeros(5, tasks, dtype=torch.float64, device=gradient.device)
@@ -95,7 +93,6 @@ class TaskMemory:
         nan = torch.full((), torch.nan, dtype=torch.float64, device=gradient.device)
         both = present & had
         return Reading(
-            share=share,
             norm=torch.where(present, square.sqrt(), nan),
             signal=torch.where(both, signal, nan),
             memory_dot=torch.where(had[:, None], dots, nan),

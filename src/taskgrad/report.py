@@ -19,7 +19,8 @@ class StepReport:
 
     Tensors are float64 on the CPU unless said otherwise, [T] where no shape is given, NaN where undefined. g_t is the
     part of the loss gradient that flows through rows of task t, ḡ_t = g_t · Σw / Σ_{rows of t} w the task's mean
-    gradient, m_t the memory of ḡ_t before this step. In sketch mode products are estimates, see ``cosine_se``.
+    gradient (any ``loss_weight`` divided out), m_t the memory of ḡ_t before this step. In sketch mode products are
+    estimates, see ``cosine_se``.
 
     Attributes:
         tasks: names of the T tasks.

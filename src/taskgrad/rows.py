@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
@@ -16,12 +18,20 @@ class Rows:
         offsets: int64 [T + 2] on the CPU; task t owns ``order[offsets[t]:offsets[t + 1]]``.
         examples: int64 [T + 1], how many examples (entries of the first dimension) hold the task.
         weight: float64 [T + 1], summed weights of the rows of the task.
+        entered: float64 [T + 1], the same times what the task's losses were multiplied with; 1 for rest.
         ran: a backward pass ran through this batch.
         receipt: scalar leaf that every captured layer takes as an input; its gradient arriving is how ``ran`` is known.
         half: a captured layer ran in bfloat16 or float16.
     """
 
-    def __init__(self, ids: Tensor, num_tasks: int, device: torch.device, weight: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        ids: Tensor,
+        num_tasks: int,
+        device: torch.device,
+        weight: Tensor | None = None,
+        loss_weight: Tensor | None = None,
+    ) -> None:
         check_ids(ids, num_tasks)
         host = ids.detach().cpu()
         self.shape = tuple(ids.shape)
@@ -46,6 +56,10 @@ class Rows:
             check_weight(weight, self.shape)
             flat = weight.detach().cpu().double().reshape(-1)
             self.weight = torch.bincount(segment, weights=flat, minlength=num_tasks + 1)
+        if loss_weight is None:
+            self.entered = self.weight
+        else:
+            self.entered = torch.cat([self.weight[:-1] * loss_weight, self.weight[-1:]])
         self.ran = False
         self.half = False
         self._receipt: Tensor | None = torch.zeros((), device=device, requires_grad=True)
@@ -109,3 +123,16 @@ def check_weight(weight: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"weight must have the shape of ids, {shape}, got {tuple(weight.shape)}")
     if not bool((torch.isfinite(weight) & (weight >= 0)).all()):
         raise ValueError("weight must be finite and not negative: it is the weight of each row in the loss mean")
+
+
+def check_loss_weight(loss_weight: Any, num_tasks: int) -> Tensor:
+    """``loss_weight`` as float64 [T] on the CPU; raises ValueError unless it holds a finite factor > 0 per task."""
+    factors = torch.as_tensor(loss_weight, dtype=torch.float64).detach().cpu()
+    if tuple(factors.shape) != (num_tasks,):
+        raise ValueError(
+            f"loss_weight must hold one factor per task, shape ({num_tasks},), got {tuple(factors.shape)}; the rows' "
+            "losses are multiplied with loss_weight[ids] outside of the tracker"
+        )
+    if not bool((torch.isfinite(factors) & (factors > 0)).all()):
+        raise ValueError(f"loss_weight must be finite and positive, got {factors.tolist()}")
+    return factors

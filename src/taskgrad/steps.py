@@ -26,12 +26,28 @@ GUARD_FIRST, GUARD_EVERY = 3, 100  # steps on which the sum over tasks is compar
 
 
 @dataclass
+class _Counts:
+    """Sums over a step's batches, [T + 1] each, the last entry is rest."""
+
+    weight: Tensor  # of the rows, float64
+    entered: Tensor  # the same, times what the task's losses were multiplied with
+    examples: Tensor  # int64
+    loss: Tensor | None
+
+    @property
+    def share(self) -> Tensor:
+        """What makes g_t the mean gradient of the task's loss as it was before any factor [T]; 0 for absent tasks."""
+        return torch.where(self.weight > 0, self.weight.sum() / self.entered, 0.0)[:-1]
+
+
+@dataclass
 class _Open:
     """What the first half leaves to the second."""
 
     reading: Reading
     gradient: Tensor
     gram: Tensor
+    share: Tensor
     weight: Tensor
     examples: Tensor
     loss: Tensor | None
@@ -111,14 +127,14 @@ class Steps:
             if not self.probes.live():  # everything was left out: an old report would look like news
                 self.mail.put(self.nothing())
             return
-        weight, examples, loss = self._counts(ran)
+        counts = self._counts(ran)
         vanished = self.probes.grads_vanished()
         gradient = self.probes.take()
         scale = self._scale()
         if scale is not None:
             gradient /= scale
         if world_size(self._group) > 1:
-            gradient, weight, examples, loss = self._reduce(gradient, weight, examples, loss)
+            gradient, counts = self._reduce(gradient, counts)
         valid = torch.isfinite(gradient).all()
         valid = torch.zeros_like(valid) if vanished is None else valid & ~vanished
         total, gram = sum_gram(gradient)
@@ -126,38 +142,39 @@ class Steps:
         due = self._guard and (self.count < GUARD_FIRST or self.count % GUARD_EVERY == 0)
         if due and bool(valid) and self._sum_guard(gradient, total, half):
             _, gram = sum_gram(gradient)
-        if loss is not None:
-            loss = (loss / weight)[:-1]
-        reading = self.memory.read(gradient, weight, self.theta)
-        self._open = _Open(reading, gradient, gram, weight, examples[:-1], loss, valid)
+        loss = None if counts.loss is None else (counts.loss / counts.weight)[:-1]
+        share = counts.share
+        reading = self.memory.read(gradient, share, self.theta)
+        self._open = _Open(reading, gradient, gram, share, counts.weight[:-1], counts.examples[:-1], loss, valid)
 
-    def _counts(self, ran: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Weights, examples and summed losses of the step's batches, [T + 1] on the device."""
+    def _counts(self, ran: Sequence[Batch]) -> _Counts:
+        """What the step's batches add up to, on the device."""
         device = self.probes.device
-        weights, examples, losses = [], [], []
+        weights, entered, examples, losses = [], [], [], []
         for batch in ran:
             kept = 1 if batch.kept is None else batch.kept
             weights.append(batch.task_rows.weight.to(device, non_blocking=True) * kept)
+            entered.append(batch.task_rows.entered.to(device, non_blocking=True) * kept)
             examples.append(batch.task_rows.examples.to(device, non_blocking=True) * kept)
             if batch.task_losses is not None:
                 losses.append(batch.task_losses.to(device) * kept)
         loss = torch.stack(losses).sum(0) if len(losses) == len(ran) else None
-        return torch.stack(weights).sum(0), torch.stack(examples).sum(0), loss
+        return _Counts(torch.stack(weights).sum(0), torch.stack(entered).sum(0), torch.stack(examples).sum(0), loss)
 
-    def _reduce(
-        self, gradient: Tensor, weight: Tensor, examples: Tensor, loss: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _reduce(self, gradient: Tensor, counts: _Counts) -> tuple[Tensor, _Counts]:
         """Sums over ranks, gradients averaged as DistributedDataParallel does; what one rank left out, all leave
         out."""
         out = torch.tensor([float(n in self.probes.reasons) for n in self.probes.probes], device=gradient.device)
-        parts = [gradient, weight, examples, out, *([] if loss is None else [loss])]
-        gradient, weight, examples, out, *losses = all_reduce_flat(parts, self._group)
+        parts = [gradient, out, counts.weight, counts.entered, counts.examples]
+        if counts.loss is not None:
+            parts.append(counts.loss)
+        gradient, out, weight, entered, examples, *loss = all_reduce_flat(parts, self._group)
         for probe, dropped in zip(self.probes.probes.values(), out.tolist(), strict=True):
             if dropped:
                 self.probes.drop(probe.name, "left out on another rank")
                 gradient[:, probe.columns] = 0
                 self.memory.forget_columns(probe.columns)
-        return gradient / world_size(self._group), weight, examples, losses[0] if losses else None
+        return gradient / world_size(self._group), _Counts(weight, entered, examples, loss[0] if loss else None)
 
     def _sum_guard(self, gradient: Tensor, total: Tensor, half: bool) -> bool:
         """Drop parameters whose tasks do not add up to ``param.grad``; True if there were any."""
@@ -186,7 +203,7 @@ class Steps:
         if step is None:
             return
         count = len(self.tasks)
-        seen = (step.weight[:count] > 0) & step.valid
+        seen = (step.weight > 0) & step.valid
         self.count += 1
         self.gradient = step.gradient
         if self.count == 1:
@@ -200,12 +217,12 @@ class Steps:
             )
         reading = step.reading
         cosine, others_cosine = cosines(step.gram)
-        predicted = self.memory.write(step.gradient, reading.share, seen, before, self.theta, self.count)
+        predicted = self.memory.write(step.gradient, step.share, seen, before, self.theta, self.count)
         self.overwriting.add(reading.memory_dot, reading.own_effect, reading.others_effect, others_cosine, step.valid)
         values = {
             "valid": step.valid,
             "examples": step.examples,
-            "tokens": step.weight[:count],
+            "tokens": step.weight,
             "gram": step.gram[:count, :count],
             "cosine": cosine,
             "others_cosine": others_cosine,

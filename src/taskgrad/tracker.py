@@ -22,7 +22,7 @@ from .probe import StepProbe
 from .probes import Probes
 from .reduce import world_size
 from .report import StepReport
-from .rows import Rows
+from .rows import Rows, check_loss_weight
 from .steps import Steps
 from .verify import FirstCall, failing_sites
 
@@ -74,7 +74,7 @@ class TaskGradTracker:
         hook = FirstCall(self._verify_first)
         self._verify_hook = model.register_forward_pre_hook(hook, with_kwargs=True) if verify else None
 
-    def batch(self, ids: Tensor, weight: Tensor | None = None) -> Batch:
+    def batch(self, ids: Tensor, weight: Tensor | None = None, *, loss_weight: Any = None) -> Batch:
         """Attribute the rows of the forward pass inside the context to tasks.
 
         The ids bind at the forward: the backward may run anywhere before the optimizer step. With ids per example and a
@@ -89,13 +89,28 @@ class TaskGradTracker:
                 tokens it is the number of tokens counted, or mean gradients, signal and memory are wrong:
                 ``(labels != -100).sum(1)``, and ``(labels[:, 1:] != -100).sum(1)`` where the model shifts the labels
                 (transformers' causal models).
+            loss_weight: [T] (tensor, array or sequence), what the loss multiplies every row of a task with before the
+                mean is taken, ``None`` for nothing; the mean still divides by the rows, or their ``weight``. It is
+                divided out of what is said about a task alone (``norm``, ``signal``, memory, effects), which is as if
+                the loss had not been touched; ``gram``, ``cosine`` and ``memory_dot``'s gradients stay those that flow
+                into ``param.grad``. The use is a sampler that boosts tasks while the objective stays the natural mix
+                (``AdaptiveBatchSampler.loss_weight``)::
+
+                    for k, (x, y, ids) in enumerate(loader):  # of the whole run
+                        factor = torch.from_numpy(sampler.loss_weight(k))
+                        with tracker.batch(ids, loss_weight=factor) as b:
+                            per_example = loss_fn(model(x), y)
+                            b.losses(per_example)
+                            (factor[ids].to(per_example) * per_example).mean().backward()
 
         Raises:
-            TypeError, ValueError: ids or weight of the wrong dtype, shape or range.
+            TypeError, ValueError: ids, weight or loss_weight of the wrong dtype, shape or range.
         """
         if self._removed:
             raise RuntimeError("this tracker was removed from the model; track() again")
-        rows = Rows(ids, len(self.tasks), self._probes.device, weight)
+        if loss_weight is not None:
+            loss_weight = check_loss_weight(loss_weight, len(self.tasks))
+        rows = Rows(ids, len(self.tasks), self._probes.device, weight, loss_weight)
         return Batch(rows, weight, self._enter, self._leave)
 
     def rows(self, ids: Tensor) -> AbstractContextManager[None]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,7 +68,7 @@ def test_max_change_limits_the_factor_and_lets_tasks_return_to_natural() -> None
 
 
 def test_floor_is_stronger_than_budget_and_max_change() -> None:
-    weights, bound = apply([0, 0, 1], [0.9, 0.06, 0.04], budget=0.1, max_change=1.1, min_weight=[0, 0.3, 0])
+    weights, bound = apply([0, 0, 1], [0.9, 0.06, 0.04], budget=0.25, max_change=1.1, min_weight=[0, 0.3, 0])
     assert weights[1] == pytest.approx(0.3)
     assert set(bound) == {"budget", "max_change", "min_weight"}
 
@@ -100,9 +101,11 @@ def test_the_chain_always_gives_a_distribution_within_its_strongest_guards(data:
     if high.sum() < 1:
         high = np.ones(count)
     pinned = [data.draw(st.booleans()) for _ in range(count - 1)] + [False]
-    budget = data.draw(st.none() | st.floats(0.01, 1))
+    natural = distribution()
+    needed = max(np.maximum(low - natural, 0).sum(), np.maximum(natural - high, 0).sum(), 0.01)
+    budget = data.draw(st.none() | st.floats(min(needed, 1), 1))
     chain = guards(
-        distribution(), budget=budget, min_weight=low, max_weight=high, pinned=pinned,
+        natural, budget=budget, min_weight=low, max_weight=high, pinned=pinned,
         max_change=data.draw(st.none() | st.floats(1.01, 4)),
     )  # fmt: skip
     weights, _ = chain.apply(distribution() * data.draw(unit), data.draw(st.sampled_from([None, distribution()])))
@@ -139,6 +142,14 @@ def test_fit_scales_between_the_bounds(rows: list[tuple[float, float, float]]) -
         ({"max_weight": 0.2}, "max_weight sums to 0.6 over 3 tasks, below 1: raise it"),
         ({"min_weight": [0.5, 0, 0], "max_weight": [0.4, 1, 1]}, "above max_weight"),
         ({"pinned": [True] * 3}, "all tasks are pinned"),
+        (
+            {"budget": 0.1, "min_weight": [0, 0.2, 0.1]},
+            "min_weight diverts 0.2 of every batch .* than budget=0.1 allows: lower min_weight, or pass budget=0.2 or",
+        ),
+        (
+            {"budget": 0.15, "max_weight": [0.74, 1, 1]},
+            r"max_weight diverts 0.16 of .* budget=0.15 allows: raise max_weight, or pass budget=0.16 or more",
+        ),
     ],
 )
 def test_guards_that_cannot_be_met_raise(options: dict[str, Any], message: str) -> None:
@@ -154,8 +165,32 @@ def test_guards_that_cannot_be_met_raise(options: dict[str, Any], message: str) 
         ([0.5, 0.6, -0.1], "negative or not finite: {'c': -0.1}"),
         ([0.5, 0.5, float("inf")], "not finite"),
         ([0.5, 0.5, 0.1], "summing to 1.1"),
+        (np.full((1, 3), 1 / 3), r"shape \(1, 3\), need \(3,\)"),
+        (0.5, r"shape \(\), need \(3,\)"),
     ],
 )
-def test_what_a_policy_returns_is_checked(shares: list[float], message: str) -> None:
+def test_what_a_policy_returns_is_checked(shares: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_shares(shares, ("a", "b", "c"), "P")
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        None,
+        {"a": 0.5, "b": 0.5, "c": 0.0},
+        [True, False, False],
+        [0.5 + 0j, 0.5, 0.0],
+        ["0.5", "0.5", "0"],
+        [0.5, 0.5, None],
+        [[0.5], [0.5, 0.0], []],
+    ],
+)
+def test_what_a_policy_returns_must_be_numbers(shares: Any) -> None:
+    with pytest.raises(TypeError, match=r"P returned .*; it must return one probability per task \(3\)"):
+        check_shares(shares, ("a", "b", "c"), "P")
+
+
+def test_integers_tensors_and_rounding_errors_are_fine() -> None:
+    for shares in ([0, 1, 0], np.array([0, 1, 0], dtype=np.float32), torch.tensor([0.0, 1.0 + 5e-7, 0.0])):
+        assert check_shares(shares, ("a", "b", "c"), "P").tolist() == [0, 1, 0]

@@ -240,6 +240,22 @@ def test_other_data_or_tasks_refuse_the_state_and_name_rebase() -> None:
         build().load_state_dict({"weights": [1]})
 
 
+def test_importance_and_critical_tasks_may_change() -> None:
+    resumed = build(importance={"legal": 2}, critical={"poetry"}, horizon=100)
+    resumed.load_state_dict(saved(build_at(9)))
+    assert resumed.consumed == 9
+
+
+def test_a_ledger_of_other_data_is_refused() -> None:
+    state = saved(build_at(3))
+    fewer = AdaptiveBatchSampler(TASK_OF_EXAMPLE[TASK_OF_EXAMPLE < 3], 12, Restless(), tasks=NAMES[:3])
+    with pytest.raises(ValueError, match=r"saved ledger is for tasks of sizes .*'poetry': 11.*rebase\(state\)"):
+        fewer.load_state_dict(state)
+    state["ledger"]["entries"][0][1][0] += 1
+    with pytest.raises(ValueError, match=r"must sum to 2\*\*40"):
+        build().load_state_dict(state)
+
+
 def test_rebase_opens_a_new_era_on_other_data() -> None:
     old = build()
     run(old, LENGTH + 7)
@@ -255,6 +271,8 @@ def test_rebase_opens_a_new_era_on_other_data() -> None:
     assert ledger.past[0]["digest"] == old.ledger.digest() and ledger.past[0]["tasks"] == list(NAMES)
     assert sampler.epoch == 2 and sampler.consumed == LENGTH + 7
     assert sampler.weights == pytest.approx(np.bincount(grown) / len(grown))
+    with pytest.raises(ValueError, match="batch 3 lies before batch 27, where this ledger begins"):
+        sampler.loss_weight(3)
 
     def train(s: AdaptiveBatchSampler, count: int) -> list[list[int]]:
         out: list[list[int]] = []

@@ -177,7 +177,7 @@ def test_weights_are_those_of_the_next_batch() -> None:
 
 def test_what_the_policy_is_given() -> None:
     policy = Steps()
-    sampler = build(policy, delay=2, horizon=500, importance={"legal": 3}, budget=0.5)
+    sampler = build(policy, delay=2, horizon=500, importance={"legal": 3}, critical={"legal"}, budget=0.5)
     sampler.observe({"legal": 2.5})
     rows: list[list[int]] = []
     for j, batch in enumerate(sampler):
@@ -190,6 +190,7 @@ def test_what_the_policy_is_given() -> None:
     assert state.step == 8 and state.horizon == 500 and state.lr == 0.1 and state.budget == 0.5
     assert state.tasks == NAMES and state.sizes.tolist() == list(SIZES)
     assert state.importance.tolist() == [1, 1, 3, 1]
+    assert state.critical.tolist() == [False, False, True, False] and not state.critical.flags.writeable
     assert state.realised == pytest.approx(counts / counts.sum())
     assert state.epochs == pytest.approx(counts / np.array(SIZES))
     assert state.eval_losses == {"legal": 2.5}
@@ -276,6 +277,77 @@ def test_the_report_must_be_on_the_same_tasks() -> None:
         sampler.update(Report(step=1, tasks=("a", "b")))
     with pytest.raises(ValueError, match="same order"):
         sampler.update(Report(step=1, tasks=NAMES[::-1]))
+
+
+def test_the_report_must_be_of_the_same_tracker() -> None:
+    sampler = build()
+    batches = iter(sampler)
+    for step in (6, 7):
+        next(batches)
+        sampler.update(Report(step=step))
+    next(batches)
+    with pytest.raises(ValueError, match=r"the report is of step 3, after one of step 7.*reports of one tracker only"):
+        sampler.update(Report(step=3))
+    sampler.update(Report(step=7))
+    resumed = build()
+    resumed.load_state_dict(sampler.state_dict())
+    next(iter(resumed))
+    resumed.update(Report(step=1))  # the tracker was made anew
+    assert resumed.ledger[-1].cause == "report on batch 3"
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor(0.5), {"tasks": NAMES, "valid": True}, [0.25] * 4])
+def test_something_that_is_no_report(wrong: Any) -> None:
+    sampler = build()
+    next(iter(sampler))
+    with pytest.raises(
+        TypeError, match=rf"report must be a StepReport \(tracker.report\(\)\), got {type(wrong).__name__}"
+    ):
+        sampler.update(wrong)
+
+
+def test_probes_may_take_half_of_the_batches() -> None:
+    build(probe_every=2, batch_size=4)
+    with pytest.raises(ValueError, match="pass probe_every=3 or more"):
+        build(probe_every=2, batch_size=3)
+    build(probe_every=3, batch_size=3)
+
+
+def test_loss_weight_is_natural_share_over_the_probability_of_that_batch() -> None:
+    sampler = build(Steps())
+    batches = iter(sampler)
+    with pytest.raises(ValueError, match="batch 0 has no loss weight yet: only 0 batches were drawn"):
+        sampler.loss_weight(0)
+    for step in range(1, 5):
+        next(batches)
+        sampler.update(Report(step=step))
+    natural = np.array(SIZES) / TOTAL
+    for batch in range(4):
+        expected = np.ones(4) if batch < 2 else natural / 0.25
+        assert sampler.loss_weight(batch) == pytest.approx(expected)
+        assert sampler.loss_weight(batch, "legal") == sampler.loss_weight(batch, 2) == pytest.approx(expected[2])
+    resumed = build(Steps())
+    resumed.load_state_dict(sampler.state_dict())
+    assert resumed.loss_weight(3).tolist() == sampler.loss_weight(3).tolist()
+    for arguments, error, message in (
+        ((4,), ValueError, "batch 4 has no loss weight yet: only 4 batches"),
+        ((-1,), ValueError, "batch must be at least 0"),
+        ((0, "verse"), ValueError, r"task names unknown tasks \['verse'\]"),
+        ((0, 4), ValueError, r"task must be below 4, got 4; the tasks are \['text'"),
+        ((0, 1.5), TypeError, "task must be an integer"),
+    ):
+        with pytest.raises(error, match=message):
+            sampler.loss_weight(*arguments)  # type: ignore[call-overload]
+
+
+def test_no_loss_weight_makes_up_for_a_probability_of_0() -> None:
+    sampler = build(Static([0.5, 0.5, 0, 0]))
+    next(iter(sampler))
+    assert sampler.loss_weight(0, "code") == pytest.approx(120 / TOTAL / 0.5)
+    with pytest.raises(ValueError, match=r"tasks \['legal', 'poetry'\] had a probability of 0 at batch 0.*min_weight"):
+        sampler.loss_weight(0)
+    with pytest.raises(ValueError, match=r"tasks \['poetry'\] had a probability of 0"):
+        sampler.loss_weight(0, "poetry")
 
 
 def test_a_sampler_without_names_takes_those_of_the_first_report() -> None:
@@ -372,9 +444,29 @@ def test_the_default_policy() -> None:
         ({"min_weight": {"verse": 0.3}}, ValueError, r"min_weight names unknown tasks \['verse'\]"),
         ({"pinned": ["verse"]}, ValueError, r"pinned names unknown tasks"),
         ({"pinned": NAMES}, ValueError, "all tasks are pinned"),
-        ({"importance": -1}, ValueError, "importance must not be negative"),
+        ({"importance": -1}, ValueError, r"importance must be positive, got \[-1.0, -1.0"),
+        ({"importance": {"legal": 0}}, ValueError, r"importance must be positive, got \[1.0, 1.0, 0.0, 1.0\]"),
+        ({"importance": {"legal": float("nan")}}, ValueError, "importance must be finite"),
+        ({"importance": {"verse": 2}}, ValueError, r"importance names unknown tasks \['verse'\]"),
+        ({"importance": [1, 2]}, ValueError, r"importance must be a number or one per task \(4\), got shape \(2,\)"),
+        ({"importance": "legal"}, TypeError, "importance must hold numbers, got 'legal'"),
+        ({"importance": {"legal": "much"}}, TypeError, r"importance must hold numbers, got \['much'\]"),
+        ({"critical": {"verse"}}, ValueError, r"critical names unknown tasks \['verse'\]; the tasks are \['text'"),
+        ({"critical": "verse"}, ValueError, r"critical names unknown tasks \['verse'\]"),
         ({"probe_every": 0}, ValueError, "probe_every must be at least 1"),
-        ({"probe_every": 1, "batch_size": 3}, ValueError, "probe_every=1 is too small"),
+        (
+            {"probe_every": 2, "batch_size": 3},
+            ValueError,
+            "probe_every=2 is too small: .* of 4 tasks .* of 2 batches of 3; pass probe_every=3 or more",
+        ),
+        (
+            {"min_weight": {"poetry": 0.1}, "budget": 0.05},
+            ValueError,
+            "min_weight diverts 0.08722 .*or pass budget=0.088",
+        ),
+        ({"pinned": "verse"}, ValueError, r"pinned names unknown tasks \['verse'\]"),
+        ({"max_weight": {"verse": 0.3}}, ValueError, r"max_weight names unknown tasks"),
+        ({"tasks": (*NAMES, "verse")}, ValueError, r"these tasks have no examples: \['verse'\]; leave them out"),
         ({"max_epochs": 0.5}, ValueError, "max_epochs must be a finite number of passes, at least 1"),
         ({"max_epochs": 1}, ValueError, "max_epochs=1 allows 861 draws, but one epoch of 44 batches of 20 takes 880"),
         ({"dataset": range(5)}, ValueError, "the dataset has 5 examples"),
@@ -407,6 +499,17 @@ def test_observe() -> None:
         sampler.observe({"text": float("nan")})
     with pytest.raises(ValueError, match=r"one per task \(4\)"):
         sampler.observe([1.0])
+
+
+def test_numbered_tasks_may_be_named_by_their_numbers() -> None:
+    policy = Steps()
+    sampler = build(policy, tasks=None, importance={2: 3.0}, critical=[3])
+    next(iter(sampler))
+    sampler.observe({1: 0.5})  # type: ignore[dict-item]
+    sampler.update(Report(step=1, tasks=("0", "1", "2", "3")))
+    state = policy.states[0]
+    assert state.importance.tolist() == [1, 1, 3, 1] and state.critical.tolist() == [False, False, False, True]
+    assert state.eval_losses == {"1": 0.5}
 
 
 def test_set_epoch_checks() -> None:

@@ -23,6 +23,7 @@ def state(memory: dict[str, Any], natural: np.ndarray[Any, Any] = NATURAL) -> Po
         sizes=np.array([98, 1, 1]),
         natural=natural,
         importance=ones,
+        critical=np.zeros(3, dtype=bool),
         batch_size=64,
         horizon=None,
         lr=None,

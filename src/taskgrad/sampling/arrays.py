@@ -26,6 +26,13 @@ def frozen_ints(values: npt.ArrayLike) -> IntArray:
     return out
 
 
+def frozen_flags(values: npt.ArrayLike) -> BoolArray:
+    """A read-only bool copy."""
+    out = np.array(values, dtype=np.bool_)
+    out.setflags(write=False)
+    return out
+
+
 def to_numpy(value: Any) -> npt.NDArray[Any]:
     """An array from a tensor on any device, an array or a sequence."""
     if hasattr(value, "detach"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -49,6 +49,11 @@ class Realised:
         return "\n".join(lines)
 
 
+def _name(policy: Any) -> str:
+    inner = getattr(policy, "policy", None)
+    return type(policy).__name__ + ("" if inner is None else f"({_name(inner)})")
+
+
 @dataclass(frozen=True)
 class _Decision:
     effective_at: int
@@ -65,28 +70,59 @@ class Control:
         self.policy = policy
         self.tasks = tasks
         self.eval_losses: dict[str, float] | None = None
-        self.open_era(Ledger(settings.sizes))
+        self.evaluations = 0
+        self.open_era(Ledger(settings.sizes, data=settings.data))
 
     @property
     def policy_name(self) -> str:
-        """Class name of the policy."""
-        return type(self.policy).__name__
+        """Class name of the policy, with that of the policy it wraps: their memories must not be mistaken."""
+        return _name(self.policy)
 
     def open_era(self, ledger: Ledger) -> None:
-        """Start an empty ledger with the policy's first weights and an empty policy memory."""
+        """Start an empty ledger with the policy's first weights and its schedule, and an empty policy memory."""
         self.memory: dict[str, Any] = {}
         self.eval_losses = None
+        self.evaluations = 0
         self._waiting: _Decision | None = None
         self._last_step: int | None = None
+        self._newest: int | None = None  # after a load a tracker may count its steps from 0 again
         self.ledger = ledger
         self.engine = self._new_engine()
         state = self._policy_state(ledger.start - 1, None, self.settings.natural)
         first = self.policy.initial(state) if hasattr(self.policy, "initial") else state.natural
         self._commit(ledger.start, check_shares(first, self.tasks, self.policy_name), "initial")
+        changes = self.policy.changes(state) if hasattr(self.policy, "changes") else ()
+        for batch in changes:
+            if batch > ledger.start:
+                self._enter_change(batch, replace(state, step=batch - 1))
+
+    def _enter_change(self, batch: int, state: PolicyState) -> None:
+        """Enter a scheduled change, in as many steps as ``max_change`` makes of it."""
+        shares = check_shares(self.policy.weights(None, state), self.tasks, self.policy_name)
+        every = self.settings.update_every
+        at = max(-(-batch // every) * every, self.ledger[-1].effective_at + 1)
+        while True:
+            entries = len(self.ledger)
+            self._commit(at, shares, "schedule")
+            if len(self.ledger) == entries or "max_change" not in self.ledger[-1].bound:
+                return
+            at += every
+
+    def observe(self, eval_losses: dict[str, float]) -> None:
+        """Keep evaluation losses for the next decisions."""
+        self.eval_losses = eval_losses
+        self.evaluations += 1
 
     def decide(self, report: Any, batch: int, drawn: int, lr: float | None) -> None:
         """Ask the policy about the report on ``batch``; ``drawn`` batches are out of reach already."""
         step = getattr(report, "step", None)
+        if step is not None:
+            if self._newest is not None and step < self._newest:
+                raise ValueError(
+                    f"the report is of step {step}, after one of step {self._newest}: update the sampler with the "
+                    "reports of one tracker only, the one that follows the training it samples for"
+                )
+            self._newest = step
         if not report.valid or (step is not None and step == self._last_step):
             return
         every = self.settings.update_every
@@ -128,8 +164,12 @@ class Control:
             capped=tuple(self.tasks[t] for t in np.flatnonzero(used_up)),
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able state. Raises TypeError where the policy's memory is not JSON-able."""
+    def to_dict(self, consumed: int) -> dict[str, Any]:
+        """JSON-able state after ``consumed`` batches. Raises TypeError where the policy's memory is not JSON-able.
+
+        ``snapshots`` are the engine's nearest below the batches that a resumed run may start at. They follow from the
+        rest and may be missing; without them the first batch is found by replaying the quotas of all before it.
+        """
         try:
             memory = json.loads(json.dumps(self.memory))
         except TypeError as error:
@@ -140,8 +180,18 @@ class Control:
             "waiting": waiting and [waiting.effective_at, waiting.shares.tolist(), waiting.cause],
             "memory": memory,
             "eval_losses": self.eval_losses,
+            "evaluations": self.evaluations,
             "last_step": self._last_step,
+            "snapshots": self._snapshots(consumed),
         }
+
+    def _snapshots(self, consumed: int) -> list[dict[str, Any]]:
+        start, length = self.ledger.start, self.settings.length
+        batches = {consumed}
+        if self.settings.resume == "replay":
+            batches.add(consumed - (consumed - start) % length)
+        found = {snapshot["batch"]: snapshot for snapshot in map(self.engine.snapshot, sorted(batches))}
+        return [snapshot for batch, snapshot in found.items() if batch > start]
 
     def restore(self, state: Mapping[str, Any], ledger: Ledger) -> None:
         """Take over what ``to_dict`` wrote; ``ledger`` is its ledger, checked by the caller."""
@@ -149,11 +199,15 @@ class Control:
         self.engine = self._new_engine()
         for entry in ledger:
             self.engine.commit(entry.effective_at, entry.weights)
+        for snapshot in state.get("snapshots", []):
+            self.engine.restore(snapshot)
         waiting = state["waiting"]
         self._waiting = waiting and _Decision(waiting[0], frozen_floats(waiting[1]), waiting[2])
         self.memory = copy.deepcopy(state["memory"])
         self.eval_losses = copy.copy(state["eval_losses"])
+        self.evaluations = state["evaluations"]
         self._last_step = state["last_step"]
+        self._newest = None
 
     def _new_engine(self) -> IndexEngine:
         settings = self.settings
@@ -183,6 +237,7 @@ class Control:
             sizes=settings.sizes,
             natural=settings.natural,
             importance=settings.importance,
+            critical=settings.critical,
             batch_size=settings.batch_size,
             horizon=settings.horizon,
             lr=lr,
@@ -193,4 +248,5 @@ class Control:
             weights=frozen_floats(weights),
             eval_losses=None if self.eval_losses is None else MappingProxyType(self.eval_losses),
             memory=self.memory,
+            evaluations=self.evaluations,
         )

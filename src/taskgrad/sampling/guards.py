@@ -9,6 +9,7 @@ The index engine adds the two that need the stream itself, probe_every and, stro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,8 +55,20 @@ class Guards:
             )
         if (self.min_weight > self.max_weight).any():
             raise ValueError("min_weight is above max_weight for some task")
+        self._check_budget()
         if self.pinned.all():
             raise ValueError("all tasks are pinned: nothing is left for the policy; use policies.Proportional instead")
+
+    def _check_budget(self) -> None:
+        """Floors above, and ceilings below, the natural shares divert from the natural mix by themselves."""
+        floors = float(np.maximum(self.min_weight - self.natural, 0.0).sum())
+        ceilings = float(np.maximum(self.natural - self.max_weight, 0.0).sum())
+        for name, needed, remedy in (("min_weight", floors, "lower"), ("max_weight", ceilings, "raise")):
+            if self.budget is not None and needed > self.budget + 1e-9:
+                raise ValueError(
+                    f"{name} diverts {needed:.4g} of every batch from the natural mix, more than "
+                    f"budget={self.budget:g} allows: {remedy} {name}, or pass budget={_rounded_up(needed):g} or more"
+                )
 
     def apply(self, shares: FloatArray, previous: FloatArray | None) -> tuple[FloatArray, tuple[str, ...]]:
         """Weights [T] summing to 1, and the names of the guards that changed something.
@@ -114,6 +127,11 @@ class Guards:
         return out
 
 
+def _rounded_up(share: float) -> float:
+    """The next multiple of 0.001, at most 1."""
+    return min(math.ceil(share * 1000 - 1e-6) / 1000, 1.0)
+
+
 def fit(weights: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
     """clip(c x weights, low, high) [T] with the factor c for which it sums to 1 (water-filling).
 
@@ -140,8 +158,15 @@ def fit(weights: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
 
 
 def check_shares(shares: Any, tasks: Sequence[str], policy: str) -> FloatArray:
-    """What a policy returned, as read-only float64 [T]; raises ValueError where it is no (partial) distribution."""
-    values = np.asarray(to_numpy(shares), dtype=np.float64)
+    """What a policy returned, as read-only float64 [T]; raises ValueError where it is no (partial) distribution, and
+    TypeError where it does not consist of numbers."""
+    try:
+        given = to_numpy(shares)
+    except ValueError:  # a ragged list
+        given = np.array(None)
+    if given.dtype.kind not in "fiu":
+        raise TypeError(f"{policy} returned {shares!r}; it must return one probability per task ({len(tasks)})")
+    values = given.astype(np.float64)
     if values.shape != (len(tasks),):
         raise ValueError(f"{policy} returned weights of shape {values.shape}, need ({len(tasks)},): one per task")
     if not np.isfinite(values).all() or (values < 0).any():

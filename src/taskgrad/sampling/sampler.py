@@ -13,9 +13,9 @@ Three counters, all in batches of the whole run (global over epochs and ranks, f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -49,13 +49,14 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         delay: int = 8,
         horizon: int | None = None,
         importance: Any = None,
+        critical: str | Collection[str] = (),
         budget: float | None = None,
         probe_every: int | None = None,
         min_weight: Any = None,
         max_weight: Any = None,
         max_change: float | None = None,
         max_epochs: float | None = None,
-        pinned: Sequence[str] = (),
+        pinned: str | Collection[str] = (),
         resume: str = "seek",
     ) -> None:
         super().__init__()
@@ -74,6 +75,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
             horizon=horizon,
             resume=resume,
             importance=importance,
+            critical=critical,
             budget=budget,
             probe_every=probe_every,
             min_weight=min_weight,
@@ -135,6 +137,49 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
             raise ValueError(f"batch is {stop}, but only {self._drawn} batches were drawn")
         return self._control.realised(stop)
 
+    @overload
+    def loss_weight(self, batch: int) -> FloatArray: ...
+
+    @overload
+    def loss_weight(self, batch: int, task: str | int) -> float: ...
+
+    def loss_weight(self, batch: int, task: str | int | None = None) -> FloatArray | float:
+        """Natural share / probability in force at ``batch``, w / q: the factor that keeps the objective natural.
+
+        Multiply the losses of each example of that batch with the factor of its task, and tasks are seen as often as
+        the policy wants while the expected gradient is that of the natural mix. Off unless you do it; then tell the
+        tracker: ``tracker.batch(ids, loss_weight=...)``, whose docstring has the loop. Probabilities are those of the
+        ledger: slots that ``probe_every`` or ``max_epochs`` moved are not corrected.
+
+        Args:
+            batch: counted over the whole run, from 0, drawn already.
+            task: name or index; without it an array [T], float64.
+
+        Raises:
+            ValueError: a batch not drawn yet or from before ``rebase``, an unknown task, or a probability of 0.
+        """
+        k = count_of("batch", batch, 0)
+        if k >= self._drawn:
+            raise ValueError(f"batch {k} has no loss weight yet: only {self._drawn} batches were drawn")
+        weights = from_units(self.ledger.at(k).weights)
+        asked = np.arange(len(self.tasks)) if task is None else np.array([self._position(task)])
+        never = [self.tasks[t] for t in asked if weights[t] == 0]
+        if never:
+            raise ValueError(
+                f"the tasks {never} had a probability of 0 at batch {k}, which no factor makes up for: give every task "
+                "a share with min_weight"
+            )
+        factors: FloatArray = self._settings.natural[asked] / weights[asked]
+        return factors if task is None else float(factors[0])
+
+    def _position(self, task: str | int) -> int:
+        if isinstance(task, str):
+            return self.tasks.index(known("task", [task], self.tasks)[0])
+        position = count_of("task", task, 0)
+        if position >= len(self.tasks):
+            raise ValueError(f"task must be below {len(self.tasks)}, got {position}; the tasks are {list(self.tasks)}")
+        return position
+
     def set_epoch(self, epoch: int) -> None:
         """Let the next ``iter()`` run through ``epoch``, from its start; the one just loaded, from where it was."""
         epoch = count_of("epoch", epoch, 0)
@@ -174,8 +219,9 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         ``valid`` False, and one on a batch that was reported before (an epoch run through again) count only. ``lr``
         is handed to the policy.
 
-        Raises ValueError for a report on other tasks, for a batch not drawn or before one already reported, and when
-        the change would fall on a batch already drawn: the message names the ``delay`` needed.
+        Raises ValueError for a report on other tasks or of a step before the last one reported (another tracker's), for
+        a batch not drawn or before one already reported, and when the change would fall on a batch already drawn: the
+        message names the ``delay`` needed.
         """
         b = self._reported if batch is None else count_of("batch", batch, 0)
         if b >= self._drawn:
@@ -186,6 +232,8 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         if b < self._reported:
             raise ValueError(f"update is on batch {b}, but batch {self._reported} is the first one not yet reported")
         if report is not None:
+            if not all(hasattr(report, name) for name in ("tasks", "valid")):
+                raise TypeError(f"report must be a StepReport (tracker.report()), got {type(report).__name__}")
             self._adopt(tuple(report.tasks))
             if b >= self._reported_most and getattr(self.policy, "adaptive", True):
                 self._control.decide(report, b, self._drawn, lr)
@@ -216,11 +264,12 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         if not isinstance(eval_losses, Mapping):
             values = per_task("eval_losses", eval_losses, self.tasks, 0.0)
             eval_losses = dict(zip(self.tasks, values.tolist(), strict=True))
-        losses = {name: float(eval_losses[name]) for name in known("eval_losses", eval_losses, self.tasks)}
+        names = known("eval_losses", eval_losses, self.tasks)
+        losses = {name: float(loss) for name, loss in zip(names, eval_losses.values(), strict=True)}
         bad = {name: loss for name, loss in losses.items() if not np.isfinite(loss)}
         if bad:
             raise ValueError(f"eval_losses must be finite, got {bad}: leave out what could not be measured")
-        self._control.eval_losses = losses
+        self._control.observe(losses)
 
     def state_dict(self, *, consumed: int | None = None) -> dict[str, Any]:
         """JSON-able state after the consumed batches, whatever a loader has drawn beyond them.
@@ -241,14 +290,15 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
             "consumed": at,
             "reported_most": max(self._reported_most, at),
             "counting": self._counting,
-            **self._control.to_dict(),
+            **self._control.to_dict(at),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state_dict`` was taken; see ``resume`` for where the next ``iter()`` begins.
 
-        ``delay``, ``update_every`` and ``horizon`` may differ from the saved sampler's; anything else raises
-        ValueError. For other data or tasks there is ``rebase``.
+        ``delay``, ``update_every``, ``horizon``, ``importance`` and ``critical`` may differ from the saved sampler's;
+        anything else raises ValueError. A schedule that is in the ledger already stays. For other data or tasks there
+        is ``rebase``.
         """
         ledger = _saved_ledger(state)
         sizes = tuple(self._settings.sizes.tolist())
@@ -258,6 +308,12 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
                 f"the saved ledger is for tasks of sizes {dict(zip(state['tasks'], ledger.sizes, strict=True))}, this "
                 f"sampler's data are {dict(zip(self.tasks, sizes, strict=True))}: call rebase(state) to continue the "
                 "run on other data, in a new ledger era"
+            )
+        if ledger.data != self._settings.data:
+            raise ValueError(
+                f"the saved ledger is for other examples of the same number per task: saved {ledger.data}, here "
+                f"{self._settings.data} (ids and ranges count as different): call rebase(state) to continue the run "
+                "on other data, in a new ledger era"
             )
         saved = {**state["settings"], "policy": state["policy"]}
         here = {**self._settings.to_dict(), "policy": self._control.policy_name}
@@ -282,7 +338,10 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         consumed = state["consumed"]
         epochs = -(-(consumed - ledger.start) // state["settings"]["num_batches"])
         past = [*ledger.past, {**ledger.to_dict(), "past": [], "tasks": list(state["tasks"])}]
-        self._control.open_era(Ledger(self._settings.sizes, start=consumed, era=ledger.era + 1, past=past))
+        settings = self._settings
+        self._control.open_era(
+            Ledger(settings.sizes, data=settings.data, start=consumed, era=ledger.era + 1, past=past)
+        )
         self._start_at(consumed, state["first_epoch"] + epochs)
 
     def __len__(self) -> int:
@@ -300,17 +359,22 @@ class AdaptiveBatchSampler(_Adaptive[list[int]]):
 
     Args:
         task_of_example: one task per example of the data set: indices into ``tasks`` (list, array or tensor of
-            integers) or names.
+            integers) or names. Where each task lies in one piece, a mapping instead: name -> number of examples (one
+            task after the other, as in a ConcatDataset) or name -> range(start, stop). For very large data sets a
+            ``TaskIndex``.
         batch_size: examples in every batch.
         policy: decides the mix from reports (``taskgrad.policies``); ``OverwriteBoost()`` by default.
         seed: with the data's sizes, the ledger and the guards it determines every batch.
-        tasks: names, in the order the tracker has them. Without it tasks are numbered; the first report names them.
+        tasks: names, in the order the tracker has them. Without it they are those of a mapping or a ``TaskIndex``,
+            else tasks are numbered; the first report names them.
         dataset: only its length is read, to check ``task_of_example`` against it.
         num_batches: batches in an epoch, by default ceil(examples / batch_size). Every batch is full.
         update_every: weights change only at batches that are multiples of it.
         delay: see the module's docstring; the default covers four workers with the usual prefetch factor of 2.
         horizon: batches of the whole run, for policies with a schedule.
-        importance: weight of each task for policies that use one: a number for all, a mapping or one per task.
+        importance: weight of each task, positive, for policies that use one (``OverwriteBoost``; the published
+            baselines do not): a mapping (1 for the others), one per task, or a number for all.
+        critical: tasks that ``OverwriteBoost`` never gives up on, however little a raise has bought so far.
         budget: the largest share of a batch that may be diverted from the natural mix.
         probe_every: a task unseen for that many batches takes a slot.
         min_weight, max_weight: bounds on each task's share: a number for all, a mapping or one per task.

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .arrays import FloatArray, IntArray, frozen_floats, frozen_ints
+from .arrays import BoolArray, FloatArray, IntArray, frozen_flags, frozen_floats, frozen_ints
 from .guards import Guards
-from .index import ALGORITHM
-from .inputs import TaskIndex, count_of, known, per_task
+from .index_numpy import ALGORITHM
+from .inputs import count_of, known, per_task
+from .task_index import TaskIndex
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Arrays are [T]: ``sizes`` and ``max_draws`` int64, ``natural`` and ``importance`` float64, read-only."""
+    """Arrays are [T], read-only: ``sizes`` and ``max_draws`` int64, ``natural`` and ``importance`` float64,
+    ``critical`` bool."""
 
     seed: int
     batch_size: int
@@ -26,8 +28,10 @@ class Settings:
     horizon: int | None
     resume: str
     sizes: IntArray
+    data: str
     natural: FloatArray
     importance: FloatArray
+    critical: BoolArray
     guards: Guards
     probe_every: int | None
     max_epochs: float | None
@@ -47,13 +51,14 @@ class Settings:
         horizon: int | None,
         resume: str,
         importance: Any,
+        critical: str | Collection[str],
         budget: float | None,
         probe_every: int | None,
         min_weight: Any,
         max_weight: Any,
         max_change: float | None,
         max_epochs: float | None,
-        pinned: Sequence[str],
+        pinned: str | Collection[str],
     ) -> Settings:
         """Check the arguments of a sampler; guards not given are the policy's ``guard_defaults``, else off."""
         if resume not in ("seek", "replay"):
@@ -77,11 +82,13 @@ class Settings:
         examples = int(index.sizes.sum())
         length = -(-examples // batch_size) if num_batches is None else count_of("num_batches", num_batches, 1)
         weights_of_tasks = per_task("importance", importance, tasks, 1.0)
-        if (weights_of_tasks < 0).any():
-            raise ValueError(f"importance must not be negative, got {weights_of_tasks.tolist()}")
-        is_pinned = np.zeros(len(tasks), dtype=np.bool_)
-        for task in known("pinned", [pinned] if isinstance(pinned, str) else pinned, tasks):
-            is_pinned[tasks.index(task)] = True
+        if not (weights_of_tasks > 0).all():
+            raise ValueError(
+                f"importance must be positive, got {weights_of_tasks.tolist()}: 1 is an ordinary task; for one that no "
+                "policy may raise there is pinned"
+            )
+        if wanted["probe_every"] is not None:
+            _check_probes(count_of("probe_every", wanted["probe_every"], 1), batch_size, len(tasks))
         natural = frozen_floats(index.sizes / examples)
         return cls(
             seed=count_of("seed", seed, 0),
@@ -92,15 +99,17 @@ class Settings:
             horizon=None if horizon is None else count_of("horizon", horizon, 1),
             resume=resume,
             sizes=frozen_ints(index.sizes),
+            data=index.digest,
             natural=natural,
             importance=frozen_floats(weights_of_tasks),
+            critical=_marked("critical", critical, tasks),
             guards=Guards(
                 natural,
                 _number("budget", wanted["budget"]),
                 per_task("min_weight", wanted["min_weight"], tasks, 0.0),
                 per_task("max_weight", wanted["max_weight"], tasks, 1.0),
                 _number("max_change", wanted["max_change"]),
-                is_pinned,
+                _marked("pinned", pinned, tasks),
             ),
             probe_every=(None if wanted["probe_every"] is None else count_of("probe_every", wanted["probe_every"], 1)),
             max_epochs=_number("max_epochs", wanted["max_epochs"]),
@@ -108,7 +117,8 @@ class Settings:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What a saved state must agree on: everything but sizes, which the ledger holds, and what may change."""
+        """What a saved state must agree on: everything that the stream depends on, but for sizes, which the ledger
+        holds. Importance, critical tasks and horizon only speak to the policy, about what is still to come."""
         return {
             "algorithm": ALGORITHM,
             "seed": self.seed,
@@ -122,6 +132,22 @@ class Settings:
             "max_epochs": self.max_epochs,
             "pinned": self.guards.pinned.tolist(),
         }
+
+
+def _check_probes(probe_every: int, batch_size: int, tasks: int) -> None:
+    """Probes may take half of the batches at most: beyond that the mix is theirs rather than the policy's."""
+    if 2 * tasks > probe_every * batch_size:
+        least = -(-2 * tasks // batch_size)
+        raise ValueError(
+            f"probe_every={probe_every} is too small: one example of each of {tasks} tasks would take more than half "
+            f"of {probe_every} batches of {batch_size}; pass probe_every={least} or more, or larger batches"
+        )
+
+
+def _marked(name: str, given: str | Collection[str], tasks: Sequence[str]) -> BoolArray:
+    """Which tasks were named, bool [T], read-only."""
+    named = set(known(name, [given] if isinstance(given, str) else given, tasks))
+    return frozen_flags([task in named for task in tasks])
 
 
 def _number(name: str, value: Any) -> float | None:

@@ -2,21 +2,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
-from taskgrad.sampling.arrays import frozen_floats, frozen_ints
-from taskgrad.sampling.policies import FixedPolicy, PolicyState, Proportional, Static, Temperature, Uniform
-
-
-def state(sizes: tuple[int, ...] = (1000, 100, 10), tasks: tuple[str, ...] = ("a", "b", "c")) -> PolicyState:
-    natural = np.array(sizes) / sum(sizes)
-    zeros = frozen_floats(np.zeros(len(sizes)))
-    return PolicyState(
-        tasks=tasks, sizes=frozen_ints(sizes), natural=frozen_floats(natural), importance=frozen_floats(zeros + 1),
-        batch_size=8, horizon=None, lr=None, step=-1, budget=None, realised=zeros, epochs=zeros,
-        weights=frozen_floats(natural), eval_losses=None, memory={},
-    )  # fmt: skip
+from taskgrad.sampling.policies import FixedPolicy, Proportional, Static, Temperature, Uniform
+from tests.sampling.policies.helpers import state
 
 
 @pytest.mark.parametrize(

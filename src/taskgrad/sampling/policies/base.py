@@ -8,11 +8,11 @@ saves and restores.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from ..arrays import FloatArray, IntArray
+from ..arrays import BoolArray, FloatArray, IntArray
 
 
 class ReportLike(Protocol):
@@ -33,14 +33,16 @@ class PolicyState:
     """Read-only surroundings of one decision; arrays have one value per task ([T]) and are not writable.
 
     - ``tasks``: names. ``sizes``: examples in the data set, int64. ``natural``: sizes / sum(sizes).
-    - ``importance``: what the user passed to the sampler, ones by default.
+    - ``importance``: what the user passed to the sampler, ones by default, all positive. ``critical``: bool, tasks that
+      the user never wants given up on.
     - ``batch_size``: examples in a batch. ``horizon``: batches of the whole run, or None. ``lr``: or None.
     - ``step``: index (from 0) of the batch that the report is on; -1 before the first report.
     - ``budget``: the largest share of a batch that may leave the natural mix, or None.
     - ``realised``: share of each task among all examples drawn up to that batch (zeros before the first).
     - ``epochs``: passes over each task's examples drawn up to that batch (fractional).
     - ``weights``: the probabilities in force when that batch was drawn.
-    - ``eval_losses``: the last losses given to ``sampler.observe``, by task name, or None.
+    - ``eval_losses``: the last losses given to ``sampler.observe``, by task name, or None. ``evaluations``: how often
+      there were any.
     - ``memory``: the policy's own, mutable, JSON-able.
     """
 
@@ -48,6 +50,7 @@ class PolicyState:
     sizes: IntArray
     natural: FloatArray
     importance: FloatArray
+    critical: BoolArray
     batch_size: int
     horizon: int | None
     lr: float | None
@@ -58,6 +61,7 @@ class PolicyState:
     weights: FloatArray
     eval_losses: Mapping[str, float] | None
     memory: dict[str, Any]
+    evaluations: int = 0
 
 
 class Policy(ABC):
@@ -81,10 +85,14 @@ class Policy(ABC):
 
 
 class FixedPolicy(Policy):
-    """A policy whose probabilities depend on the data alone: in force from batch 0, reports are not read."""
+    """A policy whose probabilities depend on data and batch alone: in force from batch 0, reports are not read."""
 
     adaptive: ClassVar[bool] = False
 
     def initial(self, state: PolicyState) -> FloatArray:
-        """The same probabilities as ever after."""
+        """The probabilities that the run begins with."""
         return self.weights(None, state)
+
+    def changes(self, state: PolicyState) -> Sequence[int]:
+        """Batches of the run from which on ``weights`` gives others, ascending; entered when the sampler is built."""
+        return ()
