@@ -2,7 +2,9 @@
 
 - ``taskgrad._index_engine``, the sampler's index engine: needs a C++ compiler and pybind11, which pip provides.
 - ``taskgrad._C``, the op library: needs torch too, so it is built only with ``pip install --no-build-isolation``;
-  without it the ops are compiled on first use, or their references run.
+  without it the ops are compiled on first use, or their references run. The CUDA C++ kernels are built along where
+  torch was built for CUDA and nvcc is found (TASKGRAD_CUDA=1 makes missing them an error, TASKGRAD_CUDA=0 skips them).
+  A visible GPU is not needed: build machines have none.
 
 Each is built on its own: where one fails the other is still built, and the package installs without it.
 TASKGRAD_NATIVE=1 makes failing an error, TASKGRAD_NATIVE=0 skips both.
@@ -19,6 +21,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 WISH = os.environ.get("TASKGRAD_NATIVE", "")
+CUDA_WISH = os.environ.get("TASKGRAD_CUDA", "")
 ENGINE_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -51,19 +54,37 @@ def index_engine() -> Extension | None:
 
 
 def op_library() -> Extension | None:
-    """The ops for the CPU; None where torch is not importable."""
+    """The ops for the CPU, and for CUDA where that can be built; None where torch is not importable."""
     try:
-        from torch.utils.cpp_extension import CppExtension
+        from torch.utils.cpp_extension import CppExtension, CUDAExtension
     except ImportError:
         say("torch is not importable here: native kernels will be compiled on first use")
         return None
     recipe = json.loads(Path("csrc/build.json").read_text())
-    return CppExtension(
+    kind, sources, flags = CppExtension, recipe["sources"], {"cxx": recipe["cflags"]}
+    if cuda_is_here():
+        kind, sources = CUDAExtension, sources + recipe["cuda_sources"]
+        flags = {"cxx": recipe["cflags"] + recipe["cuda_cflags"], "nvcc": recipe["nvcc_flags"]}
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    return kind(
         "taskgrad._C",
-        [f"csrc/{source}" for source in recipe["sources"]],
-        extra_compile_args={"cxx": recipe["cflags"]},
+        [f"csrc/{source}" for source in sources],
+        extra_compile_args=flags,
         py_limited_api=True,  # nothing in it depends on Python, nor (stable ABI) on torch's minor version
     )
+
+
+def cuda_is_here() -> bool:
+    """Whether torch was built for CUDA and there is a toolkit to build with."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_WISH == "0":
+        return False
+    here = torch.version.cuda is not None and CUDA_HOME is not None
+    if CUDA_WISH == "1" and not here:
+        raise RuntimeError(f"TASKGRAD_CUDA=1, but torch's CUDA is {torch.version.cuda} and CUDA_HOME is {CUDA_HOME}")
+    return here
 
 
 class BuildEach(build_ext):

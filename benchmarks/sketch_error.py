@@ -17,7 +17,7 @@ from torch import Tensor
 import taskgrad as tg
 
 from . import timing
-from .step import Decoder, Setting, losses
+from .models import Decoder, Setting, losses
 
 SETTING = Setting(vocab=256, width=128, layers=2, batch=32, length=32, tasks=6)
 STEPS, WARM = 60, 20

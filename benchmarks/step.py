@@ -14,74 +14,24 @@ import argparse
 import copy
 import importlib.util
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import taskgrad as tg
 
 from . import timing
-
-
-@dataclass(frozen=True)
-class Setting:
-    vocab: int
-    width: int
-    layers: int
-    batch: int
-    length: int
-    tasks: int
-    exact: bool = True  # whether T full gradients are worth waiting for
-
+from .models import Decoder, Setting, losses
 
 CPU = [
     Setting(256, 32, 2, 64, 32, 5),
     Setting(256, 128, 4, 32, 64, 8),
     Setting(256, 256, 4, 32, 64, 32, exact=False),
 ]
-CUDA = [
-    Setting(50304, 768, 12, 16, 1024, 8, exact=False),
-    Setting(50304, 2048, 16, 8, 1024, 8, exact=False),
-]
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.heads = max(1, width // 64)
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
-
-
-class Decoder(nn.Module):
-    def __init__(self, s: Setting) -> None:
-        super().__init__()
-        self.token, self.position = nn.Embedding(s.vocab, s.width), nn.Embedding(s.length, s.width)
-        self.blocks = nn.ModuleList(Block(s.width) for _ in range(s.layers))
-        self.norm, self.head = nn.LayerNorm(s.width), nn.Linear(s.width, s.vocab, bias=False)
-        self.head.weight = self.token.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device)[None])
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
-def losses(model: nn.Module, tokens: Tensor) -> Tensor:
-    logits = model(tokens[:, :-1])
-    return nn.functional.cross_entropy(logits.transpose(1, 2).float(), tokens[:, 1:], reduction="none").mean(1)
 
 
 def variants(s: Setting, device: torch.device) -> dict[str, Callable[[], Any]]:
@@ -157,7 +107,7 @@ def run(device: torch.device, rounds: int = 9) -> None:
     table = Table(title=f"training step on {device}, ms (median) and times the plain step")
     for column in ("parameters", "width", "rows", "T", "plain", "sketch", "exact", "T backwards", "torchjd"):
         table.add_column(column, justify="right")
-    for setting in CUDA if device.type == "cuda" else CPU:
+    for setting in CPU:
         size = sum(p.numel() for p in Decoder(setting).parameters())
         times = timing.interleaved(variants(setting, device), device, rounds)
         ms = {name: timing.quartiles(values) for name, values in times.items()}

@@ -49,12 +49,26 @@ def python(code: str, environment: Mapping[str, str], **kwargs) -> subprocess.Co
     )
 
 
+def test_explain_prints_the_cost_model(capsys):
+    assert cli.main(["doctor", "--explain", "8192", "4096", "4096", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "not a measurement" in out
+    assert all(name in out for name in ("dense product", "materialise", "fused", "ghost", "sketch"))
+
+
+@pytest.mark.parametrize("rows", ["0", "many"])
+def test_explain_refuses_what_is_no_size(rows, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--explain", rows, "64", "64", "8"])
+    assert "--explain" in capsys.readouterr().err
+
+
 def test_json_holds_versions_and_the_kernel_in_force(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["taskgrad"] == taskgrad.__version__
     assert facts["torch"] == torch.__version__
-    assert facts["sum_gram on cpu"] == str(_native.status())
+    assert facts["kernels on cpu"] == str(_native.status())
     assert facts["index engine"] == native.load()[1]
     assert (facts["gpu"] is None) == (not torch.cuda.is_available())
 
@@ -69,8 +83,8 @@ def test_lines_name_every_fact(capsys):
         "gpu",
         "nvcc",
         "compiler",
-        "sum_gram on cpu",
-        "sum_gram on cuda",
+        "kernels on cpu",
+        "kernels on cuda",
         "index engine",
     ):
         assert f"\n{name} " in "\n" + printed

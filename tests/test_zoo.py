@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from taskgrad.uses import REASON as USED_TWICE
 from tests.utils.architectures import ARCHITECTURES, Architecture
 from tests.utils.oracle import Gradients, separate_backwards, weight_copies
 from tests.utils.steps import (
@@ -87,6 +88,27 @@ def test_sketch_mode_is_exact_where_the_parameters_are_small(architecture: Archi
     assert must_not <= set(done.unattributed)
     expected = Expected.of(oracle, done.attributed, case.ids, case.weight)
     assert_report(done.report, expected, architecture.tolerance * 10)
+
+
+@zoo
+def test_exact_gram_without_the_gradients(architecture: Architecture, kind: str) -> None:
+    case = make_case(architecture, kind, weighted=True)
+    plain, _ = plain_grads(case)
+    oracle = oracle_of(architecture, kind, case)
+    done = tracked_step(case, mode="exact", accumulate=False, sketch_dim=16)  # nothing here is read off a sketch
+    floor = negligible(plain)
+    for name, grad in plain.items():
+        assert relative_error(done.grads[name], grad, oracle[name], floor) <= max(1e-12, architecture.tolerance / 100)
+    must, must_not = architecture.expected(case.model, kind)
+    twice = {name for name, reason in done.unattributed.items() if reason == USED_TWICE}
+    assert must <= set(done.attributed) | twice
+    assert must_not <= set(done.unattributed)
+    expected = Expected.of(oracle, done.attributed, case.ids, case.weight)
+    assert done.report.valid
+    for name in ("gram", "cosine", "others_cosine"):
+        got, want = getattr(done.report, name), getattr(expected, name)
+        assert relative_error(got.nan_to_num(), want.nan_to_num()) <= architecture.tolerance * 10, name
+    assert not done.report.cosine_se.nan_to_num().any()
 
 
 @zoo

@@ -20,22 +20,15 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
-// One binary for every x86-64: the loader picks the widest of these that the processor has.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define TASKGRAD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define TASKGRAD_CLONES
-#endif
-// The loops must be inlined into the clones to be compiled for their instruction sets.
-#define TASKGRAD_INLINE inline __attribute__((always_inline))
+#include "simd.h"
 
 namespace {
 
+using taskgrad::ceil_div;
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
@@ -47,8 +40,6 @@ constexpr int64_t kTileCols = 2;
 constexpr int64_t kStripeElements = int64_t{1} << 16;   // fewer are not worth a thread
 constexpr int64_t kMaxStripes = 256;
 constexpr int64_t kPartialElements = int64_t{1} << 22;  // of all stripes' Grams together, 32 MiB
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // out[r, c] += <s[r], t[c]> over n columns.
 template <typename compute_t>
@@ -94,30 +85,6 @@ TASKGRAD_CLONES void add_chunk_fp64(const double* const* rows, int64_t T, int64_
   add_chunk(rows, T, n, sum, gram, gram_stride);
 }
 
-// Bits of bf16 or fp16 to fp32, exactly. Written on the bits because the scalar conversions do not vectorise.
-TASKGRAD_CLONES void widen_bf16(const uint16_t* in, int64_t n, float* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(in[i]) << 16;
-    std::memcpy(out + i, &bits, sizeof(bits));
-  }
-}
-
-TASKGRAD_CLONES void widen_fp16(const uint16_t* in, int64_t n, float* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t half = in[i];
-    uint32_t bits = (half & 0x7fffu) << 13;  // exponent still biased by 15, not 127
-    float magnitude;
-    std::memcpy(&magnitude, &bits, sizeof(bits));
-    magnitude *= 0x1p112f;  // rebias; makes subnormals right as well
-    std::memcpy(&bits, &magnitude, sizeof(bits));
-    bits |= (half & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;  // infinity and NaN
-    bits |= (half & 0x8000u) << 16;
-    std::memcpy(out + i, &bits, sizeof(bits));
-  }
-}
-
 // Columns [begin, end) of the block into sum and into this stripe's Gram [padded, padded].
 template <typename scalar_t>
 void add_stripe(const scalar_t* block, int64_t row_stride, int64_t T, int64_t begin, int64_t end, scalar_t* sum,
@@ -133,7 +100,7 @@ void add_stripe(const scalar_t* block, int64_t row_stride, int64_t T, int64_t be
       for (int64_t t = 0; t < T; ++t) {
         const auto* bits = reinterpret_cast<const uint16_t*>(block + t * row_stride + m);
         float* row = widened.data() + t * kChunk;
-        std::is_same_v<scalar_t, BFloat16> ? widen_bf16(bits, n, row) : widen_fp16(bits, n, row);
+        std::is_same_v<scalar_t, BFloat16> ? taskgrad::widen_bf16(bits, n, row) : taskgrad::widen_fp16(bits, n, row);
         rows[t] = row;
       }
     } else {

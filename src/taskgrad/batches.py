@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .capture.site import Site
 from .closing import in_backward
+from .ops.segment_sum import segment_sum
 from .rows import Rows
 
 
@@ -38,8 +39,10 @@ class Batch:
         values = per_row.detach().double().reshape(-1)
         if self._weight is not None:
             values = values * self._weight.reshape(-1).to(values)
-        sums = values.new_zeros(self.task_rows.offsets.shape[0] - 1)
-        self.task_losses = sums.index_add(0, self.task_rows.segment.to(values.device), values)
+        order = self.task_rows.order
+        order = None if order is None else order.to(values.device, non_blocking=True)
+        offsets = self.task_rows.offsets.to(values.device, non_blocking=True)
+        self.task_losses = segment_sum(values, order, offsets)
 
     def __enter__(self) -> Batch:
         self._enter(self)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .report import StepReport
+from .rows import ids_range
 from .sketch import SketchMap
 
 VECTORS = (
@@ -37,8 +38,8 @@ class Delivery:
     """One step's tensors, copied to the host in the background.
 
     Args:
-        values: tensors on the device, by name of the report's field, and ``valid``, ``loss`` (may be missing) and
-        ``block``.
+        values: tensors on the device, by name of the report's field, and ``valid``, ``block``, ``loss`` and ``wrong``
+            (ids or weights that are none); the last two may be missing.
     """
 
     def __init__(
@@ -63,7 +64,14 @@ class Delivery:
             self.event.synchronize()
 
     def build(self) -> StepReport:
+        """The report. Raises ValueError where ids or weights on the GPU were wrong: they are seen only now."""
         values = dict(self.values)
+        wrong = values.pop("wrong", None)
+        if wrong is not None and bool(wrong):
+            raise ValueError(
+                f"step {self.step}: {ids_range(len(self.tasks))}, and weights must be finite and not negative; "
+                "for values on a GPU this is seen only when the report arrives: pass them on the CPU to find the batch"
+            )
         if not bool(values.pop("valid")):
             return invalid_report(
                 self.tasks, self.step, values["steps_since_seen"], values["examples"], values["tokens"]

@@ -17,7 +17,7 @@ import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
 from . import __version__
-from .ops import _native
+from .ops import _native, cost_model
 from .ops.sum_gram import MAX_ROWS, triton_obstacle
 from .sampling import native as index_engine
 
@@ -26,10 +26,20 @@ Facts = dict[str, str | int | None]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    parser.add_argument(
+        "--explain",
+        nargs=4,
+        type=_positive,
+        metavar=("N", "D_IN", "D_OUT", "T"),
+        help="print what the cost model says of a Linear layer on N rows of T tasks, and nothing else",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the facts; 1 if the native kernels are demanded (``TASKGRAD_NATIVE=1``) and missing, else 0."""
+    if args.explain is not None:
+        print(explain(*args.explain))
+        return 0
     facts, healthy = collect()
     if args.json:
         print(json.dumps(facts, indent=2))
@@ -38,6 +48,22 @@ def run(args: argparse.Namespace) -> int:
         for name, value in facts.items():
             print(f"{name:<{width}}  {'none' if value is None else value}")
     return 0 if healthy else 1
+
+
+def explain(rows: int, d_in: int, d_out: int, tasks: int) -> str:
+    """The cost model's table for a layer in bfloat16 on this machine's GPU, or in float32 on its CPU."""
+    cuda = torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+    where = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+    table = cost_model.explain(*cost_model.costs(rows, d_in, d_out, tasks + 1, dtype, device))
+    return f"{dtype} on {where}: arithmetic with assumed rates, not a measurement\n{table}"
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def collect() -> tuple[Facts, bool]:
@@ -64,8 +90,8 @@ def collect() -> tuple[Facts, bool]:
         "nvcc": _first_line("nvcc", "--version", containing="release"),
         "compiler": _first_line(compiler, "--version"),
         "ninja": _ninja(),
-        "sum_gram on cpu": kernels,
-        "sum_gram on cuda": _cuda_path(),
+        "kernels on cpu": kernels,
+        "kernels on cuda": _cuda_path(),
         "index engine": engine,
     }
     return facts, kernels_found and engine_found
@@ -101,7 +127,7 @@ def _cuda_path() -> str:
         return "not used: torch finds no GPU"
     if reason := triton_obstacle(torch.device("cuda")):
         return f"reference because {reason}"
-    return f"triton (reference for float64 and for more than {MAX_ROWS} tasks)"
+    return f"triton (plain torch for float64, and for sum_gram of more than {MAX_ROWS} tasks)"
 
 
 def _ninja() -> str | None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .ops import memory_dot
+
 COLUMNS = 1 << 14  # worked on at a time, so that what is between two passes stays in the cache
 
 
@@ -77,14 +79,14 @@ class TaskMemory:
         tasks = self.count.shape[0]
         present, had = share > 0, self.count > 0
         correction = self._correction()
-        dots = torch.zeros(tasks, tasks + 1, dtype=torch.float64, device=gradient.device)
+        dtype = torch.promote_types(self.ema.dtype, gradient.dtype)  # they differ once the model was moved to float64
+        dots = memory_dot(self.ema.to(dtype), gradient.to(dtype)) * correction
         square, signal, own, others, bend = torch.zeros(5, tasks, dtype=torch.float64, device=gradient.device)
         for c in self._chunks():
             g = gradient[:, c].double()
             mean = g[:tasks] * share[:, None]
             memory = self.ema[:, c].double() * correction
             before, after, here = self.before[:, c], self.after[:, c], theta[c]
-            dots += memory @ g.mT
             square += mean.square().sum(1)
             signal += (memory * mean).sum(1)
             own += (mean * (after - before)).sum(1)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .capture import Probe, find_capture, register_transformers
 from .capture.site import Owner, Site, replaced_forward
 from .coverage import Coverage
-from .sketch import sketch_map
+from .ops import sketch_params
+from .sketch import scaled, sketch_map
 
 NOT_CALLED = "no tracked forward has called its module (or only through a function that takes the weight itself)"
 ADDED = "came to the model after tracking began; tracker.remove() and track() again"
@@ -30,9 +31,11 @@ class Probes:
         sketch_dim: int | None,
         seed: int,
         include: Callable[[str, nn.Module], bool] | None,
+        grams: bool = False,
     ) -> None:
         register_transformers()
         self.model, self.num_tasks, self.sketch_dim, self.seed = model, num_tasks, sketch_dim, seed
+        self.grams = grams
         self.params = dict(model.named_parameters())
         self.names = {id(p): name for name, p in self.params.items()}
         self.reasons: dict[str, str] = {}
@@ -99,7 +102,7 @@ class Probes:
         name = self.names[id(param)]
         if name not in self.probes:
             sketch = sketch_map(param.shape, self.sketch_dim, self.seed, name).to(param.device)
-            self.probes[name] = Probe(name, param, sketch, self.num_tasks, self.width)
+            self.probes[name] = Probe(name, param, sketch, self.num_tasks, self.width, self.grams)
             self.width += sketch.dim
         return self.probes[name]
 
@@ -149,7 +152,7 @@ class Probes:
             if probe.tap.grad is not None:
                 probe.seen = True
                 if probe.name not in self.reasons:
-                    out[:, probe.columns] = probe.tap.grad
+                    out[:, probe.columns] = probe.tap.grad[:, : probe.sketch.dim]
                 probe.tap.grad = None
         return out
 
@@ -173,7 +176,7 @@ class Probes:
         """Sketch of the parameters themselves, [K] in float64: differences of it are sketches of updates."""
         out = torch.zeros(self.width, dtype=torch.float64, device=self.device)
         for probe in self.probes.values():
-            out[probe.columns] = probe.sketch(probe.param.detach().double()[None])[0]
+            out[probe.columns] = _sketch_of_parameter(probe)
         return out
 
     def versions(self) -> tuple[int, ...]:
@@ -205,6 +208,14 @@ class Probes:
     def remove(self) -> None:
         for site in self.sites:
             site.remove()
+
+
+def _sketch_of_parameter(probe: Probe) -> Tensor:
+    param, sketch = probe.param.detach(), probe.sketch
+    if param.dim() < 2 or sketch.exact:
+        return sketch(param.double()[None])[0]
+    stats = sketch_params(param.flatten(1), sketch.left, sketch.right)
+    return scaled(stats[None], sketch.left, sketch.right)[0]
 
 
 def _refusal(module: nn.Module, path: str, include: Callable[[str, nn.Module], bool] | None) -> str | None:

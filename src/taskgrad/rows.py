@@ -12,13 +12,19 @@ from torch.utils.weak import TensorWeakRef
 class Rows:
     """Which rows of a batch belong to which task. Row T (the last segment) is "rest": rows of no task.
 
+    Ids on the CPU are checked and counted there. Ids on a GPU stay there and nothing waits for their values: those out
+    of range count as rest and set a flag, which the report of the step raises for.
+
     Attributes:
         shape: shape of the ids, (B,) or (B, S); an input is attributed where its leading dimensions equal it.
-        order: int64 [E], E = number of ids: positions sorted by task; ``None`` if the ids are sorted already.
-        offsets: int64 [T + 2] on the CPU; task t owns ``order[offsets[t]:offsets[t + 1]]``.
+        entries: E, the number of ids.
+        order: int64 [E] on the parameters' device: positions sorted by task; ``None`` if they are known to be sorted.
+        offsets: int64 [T + 2] on the parameters' device; task t owns ``order[offsets[t]:offsets[t + 1]]``.
+        ids_offsets: the same where the ids are, for what must be known on the host: there at once for ids on the CPU.
         examples: int64 [T + 1], how many examples (entries of the first dimension) hold the task.
         weight: float64 [T + 1], summed weights of the rows of the task.
         entered: float64 [T + 1], the same times what the task's losses were multiplied with; 1 for rest.
+        wrong: scalar bool on the GPU: ids or weights that are none; ``None`` where they were checked.
         ran: a backward pass ran through this batch.
         receipt: scalar leaf that every captured layer takes as an input; its gradient arriving is how ``ran`` is known.
         half: a captured layer ran in bfloat16 or float16.
@@ -33,33 +39,39 @@ class Rows:
         loss_weight: Tensor | None = None,
     ) -> None:
         check_ids(ids, num_tasks)
-        host = ids.detach().cpu()
+        if weight is not None:
+            check_weight(weight, ids)
+        ids = ids.detach()
         self.shape = tuple(ids.shape)
-        self.device = device
-        segment = torch.where(host < 0, num_tasks, host).reshape(-1)
-        counts = torch.bincount(segment, minlength=num_tasks + 1)
-        self.offsets = torch.zeros(num_tasks + 2, dtype=torch.int64)
-        torch.cumsum(counts, 0, out=self.offsets[1:])
-        if bool((segment[1:] >= segment[:-1]).all()):
-            self.order: Tensor | None = None
-        else:
-            self.order = torch.argsort(segment, stable=True).to(device, non_blocking=True)
+        self.entries = ids.numel()
+        self.wrong: Tensor | None = None
+        if ids.device.type != "cpu":
+            self.wrong = ((ids < -1) | (ids >= num_tasks)).any()
+            if weight is not None:
+                self.wrong = self.wrong | ~(torch.isfinite(weight) & (weight >= 0)).all().to(ids.device)
+        segment = torch.where((ids < 0) | (ids >= num_tasks), num_tasks, ids).reshape(-1)
+        by_task, order = torch.sort(segment, stable=True)
+        offsets = torch.searchsorted(by_task, torch.arange(num_tasks + 2, device=ids.device))
+        counts = offsets.diff()
+        is_sorted = ids.device.type == "cpu" and torch.equal(by_task, segment)
+        self.order = None if is_sorted else order.to(device, non_blocking=True)
+        self.ids_offsets = offsets
+        self.offsets = offsets.to(device, non_blocking=True)
         if ids.dim() == 1:
             self.examples = counts
         else:
-            held = torch.zeros(ids.shape[0], num_tasks + 1, dtype=torch.int64)
+            held = torch.zeros(ids.shape[0], num_tasks + 1, dtype=torch.int64, device=ids.device)
             self.examples = held.scatter_(1, segment.view(ids.shape), 1).sum(0)
-        self.segment = segment
         if weight is None:
             self.weight = counts.double()
         else:
-            check_weight(weight, self.shape)
-            flat = weight.detach().cpu().double().reshape(-1)
-            self.weight = torch.bincount(segment, weights=flat, minlength=num_tasks + 1)
+            # not bincount: with weights its order of additions is left to chance on a GPU
+            held = segment == torch.arange(num_tasks + 1, device=ids.device)[:, None]
+            self.weight = held.double() @ weight.detach().to(ids.device).double().reshape(-1)
         if loss_weight is None:
             self.entered = self.weight
         else:
-            self.entered = torch.cat([self.weight[:-1] * loss_weight, self.weight[-1:]])
+            self.entered = torch.cat([self.weight[:-1] * loss_weight.to(ids.device), self.weight[-1:]])
         self.ran = False
         self.half = False
         self._receipt: Tensor | None = torch.zeros((), device=device, requires_grad=True)
@@ -96,7 +108,8 @@ class Rows:
 
 
 def check_ids(ids: Tensor, num_tasks: int) -> None:
-    """Raise TypeError or ValueError unless ``ids`` is int64, (B,) or (B, S), with values in [-1, num_tasks)."""
+    """Raise TypeError or ValueError unless ``ids`` is int64, (B,) or (B, S), with values in [-1, num_tasks); the values
+    only where they are on the CPU."""
     if not isinstance(ids, Tensor):
         raise TypeError(f"ids must be a tensor, got {type(ids).__name__}; torch.as_tensor(ids) makes one")
     if ids.dtype != torch.int64:
@@ -107,21 +120,26 @@ def check_ids(ids: Tensor, num_tasks: int) -> None:
         )
     if ids.numel() == 0:
         raise ValueError(f"ids must not be empty, got shape {tuple(ids.shape)}")
+    if ids.device.type != "cpu":
+        return
     low, high = int(ids.min()), int(ids.max())
     if low < -1 or high >= num_tasks:
-        raise ValueError(
-            f"ids must lie in [-1, {num_tasks}) for {num_tasks} tasks (-1: belongs to no task), "
-            f"got values from {low} to {high}"
-        )
+        raise ValueError(f"{ids_range(num_tasks)}, got values from {low} to {high}")
 
 
-def check_weight(weight: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise unless ``weight`` is a tensor of the ids' shape with finite values >= 0."""
+def ids_range(num_tasks: int) -> str:
+    """What the values of ids must be, for messages."""
+    return f"ids must lie in [-1, {num_tasks}) for {num_tasks} tasks (-1: belongs to no task)"
+
+
+def check_weight(weight: Tensor, ids: Tensor) -> None:
+    """Raise unless ``weight`` is a tensor of the ids' shape with finite values >= 0; the values only where the ids are
+    on the CPU."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
-    if tuple(weight.shape) != shape:
-        raise ValueError(f"weight must have the shape of ids, {shape}, got {tuple(weight.shape)}")
-    if not bool((torch.isfinite(weight) & (weight >= 0)).all()):
+    if weight.shape != ids.shape:
+        raise ValueError(f"weight must have the shape of ids, {tuple(ids.shape)}, got {tuple(weight.shape)}")
+    if ids.device.type == "cpu" and not bool((torch.isfinite(weight) & (weight >= 0)).all()):
         raise ValueError("weight must be finite and not negative: it is the weight of each row in the loss mean")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from .batches import Batch, Batches
+from .capture import Probe
 from .delivery import Delivery, Mailbox, invalid_report
 from .guard import REASON, gradients_disagree
 from .memory import Reading, TaskMemory
@@ -21,6 +22,8 @@ from .probe import StepProbe
 from .probes import Probes
 from .reduce import all_reduce_flat, world_size
 from .report import StepReport, cosines
+from .uses import REASON as REUSED
+from .uses import SECOND_BATCH, read_uses
 
 GUARD_FIRST, GUARD_EVERY = 3, 100  # steps on which the sum over tasks is compared with param.grad
 
@@ -52,6 +55,7 @@ class _Open:
     examples: Tensor
     loss: Tensor | None
     valid: Tensor
+    wrong: Tensor | None
 
 
 class Steps:
@@ -90,6 +94,8 @@ class Steps:
     def begin(self) -> None:
         """Before a batch: a step that did not come is given up, parameters that changed since are noticed."""
         self.abandon_if_vanished()
+        if self.probes.grams and any(b.task_rows.ran for b in self.batches.pending):
+            raise RuntimeError(SECOND_BATCH)
         if self.probes.refresh(between_steps=not self.batches.pending):
             self.follow_parameters()
             self.memory.widen(self.theta)
@@ -122,6 +128,9 @@ class Steps:
         ran = [b for b in self.batches.pending if b.task_rows.ran]
         self.batches.pending.clear()
         self.drop_unattributed()
+        if self.probes.grams and len(ran) > 1:
+            self.probes.discard()
+            raise RuntimeError(SECOND_BATCH)
         if not ran:
             self.probes.discard()
             if not self.probes.live():  # everything was left out: an old report would look like news
@@ -129,6 +138,7 @@ class Steps:
             return
         counts = self._counts(ran)
         vanished = self.probes.grads_vanished()
+        uses = read_uses(self.probes.live(), len(self.tasks), self.probes.device) if self.probes.grams else None
         gradient = self.probes.take()
         scale = self._scale()
         if scale is not None:
@@ -137,15 +147,26 @@ class Steps:
             gradient, counts = self._reduce(gradient, counts)
         valid = torch.isfinite(gradient).all()
         valid = torch.zeros_like(valid) if vanished is None else valid & ~vanished
+        flags = [b.task_rows.wrong for b in ran if b.task_rows.wrong is not None]
+        wrong = torch.stack(flags).any().to(valid.device) if flags else None
+        if wrong is not None:
+            valid = valid & ~wrong
         total, gram = sum_gram(gradient)
         half = any(b.task_rows.half for b in ran)
         due = self._guard and (self.count < GUARD_FIRST or self.count % GUARD_EVERY == 0)
+        if uses is not None and (due or valid.device.type == "cpu"):
+            again = [p for p, twice in zip(uses.probes, uses.repeated.tolist(), strict=True) if twice]
+            self._leave_out(again, REUSED, gradient)
+        elif uses is not None:
+            valid = valid & ~uses.repeated.any()
         if due and bool(valid) and self._sum_guard(gradient, total, half):
             _, gram = sum_gram(gradient)
+        if uses is not None:
+            gram = uses.gram(self.probes.reasons, scale)
         loss = None if counts.loss is None else (counts.loss / counts.weight)[:-1]
         share = counts.share
         reading = self.memory.read(gradient, share, self.theta)
-        self._open = _Open(reading, gradient, gram, share, counts.weight[:-1], counts.examples[:-1], loss, valid)
+        self._open = _Open(reading, gradient, gram, share, counts.weight[:-1], counts.examples[:-1], loss, valid, wrong)
 
     def _counts(self, ran: Sequence[Batch]) -> _Counts:
         """What the step's batches add up to, on the device."""
@@ -169,21 +190,22 @@ class Steps:
         if counts.loss is not None:
             parts.append(counts.loss)
         gradient, out, weight, entered, examples, *loss = all_reduce_flat(parts, self._group)
-        for probe, dropped in zip(self.probes.probes.values(), out.tolist(), strict=True):
-            if dropped:
-                self.probes.drop(probe.name, "left out on another rank")
-                gradient[:, probe.columns] = 0
-                self.memory.forget_columns(probe.columns)
+        missing = [p for p, dropped in zip(self.probes.probes.values(), out.tolist(), strict=True) if dropped]
+        self._leave_out(missing, "left out on another rank", gradient)
         return gradient / world_size(self._group), _Counts(weight, entered, examples, loss[0] if loss else None)
 
     def _sum_guard(self, gradient: Tensor, total: Tensor, half: bool) -> bool:
         """Drop parameters whose tasks do not add up to ``param.grad``; True if there were any."""
         bad = gradients_disagree(self.probes.live(), gradient, total, half)
-        for probe in bad:
-            self.probes.drop(probe.name, REASON)
+        self._leave_out(bad, REASON, gradient)
+        return bool(bad)
+
+    def _leave_out(self, probes: Sequence[Probe], reason: str, gradient: Tensor) -> None:
+        """Drop parameters, also from this step's ``gradient`` [T + 1, K]."""
+        for probe in probes:
+            self.probes.drop(probe.name, reason)
             gradient[:, probe.columns] = 0
             self.memory.forget_columns(probe.columns)
-        return bool(bad)
 
     def _scale(self) -> Tensor | None:
         """What the loss was multiplied with, or ``None``."""
@@ -240,7 +262,10 @@ class Steps:
         }
         if step.loss is not None:
             values["loss"] = step.loss
-        maps = tuple(p.sketch for p in self.probes.probes.values())
+        if step.wrong is not None:
+            values["wrong"] = step.wrong
+        # an exact Gram has no sketching error
+        maps = () if self.probes.grams else tuple(p.sketch for p in self.probes.probes.values())
         self.mail.send(Delivery(self.tasks, self.count, values, maps))
 
     def _since_seen(self) -> Tensor:

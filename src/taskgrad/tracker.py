@@ -46,14 +46,16 @@ class TaskGradTracker:
         verify: bool,
         process_group: dist.ProcessGroup | None,
         include: Callable[[str, nn.Module], bool] | None,
+        accumulate: bool,
     ) -> None:
         self.model = model
         self.tasks = tuple(tasks)
         self.mode = mode
+        self.accumulate = accumulate
         self.sketch_dim = sketch_dim
         self._batches = Batches()
-        width = None if mode == "exact" else sketch_dim
-        self._probes = Probes(model, self._batches, len(self.tasks), width, SKETCH_SEED, include)
+        width = None if mode == "exact" and accumulate else sketch_dim
+        self._probes = Probes(model, self._batches, len(self.tasks), width, SKETCH_SEED, include, not accumulate)
         if not self._probes.probes:
             self._probes.remove()
             raise ValueError(
@@ -148,8 +150,10 @@ class TaskGradTracker:
     def task_gradients(self) -> dict[str, Tensor]:
         """Exact mode: every attributed parameter's gradient by task, [T + 1, *shape], of the last closed step; the last
         entry is rest. Raises RuntimeError in sketch mode, where they are never formed, and before the first step."""
-        if self.mode != "exact":
-            raise RuntimeError('task_gradients() needs mode="exact": a sketch never forms them')
+        if self.mode != "exact" or not self.accumulate:
+            raise RuntimeError(
+                'task_gradients() needs mode="exact", with accumulate=True: otherwise they are never formed'
+            )
         gradient = self._steps.gradient
         if gradient is None:
             raise RuntimeError("task_gradients() needs a closed step: call optimizer.step() first")
@@ -199,6 +203,7 @@ class TaskGradTracker:
             "version": 1,
             "tasks": list(self.tasks),
             "mode": self.mode,
+            "accumulate": self.accumulate,
             "sketch_dim": self.sketch_dim,
             "sketch_seed": SKETCH_SEED,
             "columns": [[p.name, p.sketch.dim] for p in self._probes.probes.values()],
@@ -212,7 +217,7 @@ class TaskGradTracker:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state``; raises ValueError if it is of other tasks, another mode or another model."""
         mine = self.state_dict()
-        for key in ("version", "tasks", "mode", "sketch_dim", "sketch_seed", "columns"):
+        for key in ("version", "tasks", "mode", "accumulate", "sketch_dim", "sketch_seed", "columns"):
             if state[key] != mine[key]:
                 raise ValueError(f"state_dict has {key} = {state[key]!r}, this tracker has {mine[key]!r}")
         for name, reason in state["left_out"].items():
@@ -248,6 +253,7 @@ def track(
     verify: bool = True,
     process_group: dist.ProcessGroup | None = None,
     include: Callable[[str, nn.Module], bool] | None = None,
+    accumulate: bool = True,
 ) -> TaskGradTracker:
     """Track per-task gradients of ``model``, in place: parameters, ``state_dict`` and ``param.grad`` stay as they are.
 
@@ -256,7 +262,8 @@ def track(
         tasks: names of the T tasks; ids index them.
         optimizer: one or several; the step closes when all have stepped. Without one, ``tracker.step()`` closes it.
         mode: "sketch", cost about flat in T, T · ``sketch_dim`` numbers per parameter; "exact", the T full gradients:
-            (T + 1) · P numbers for the taps, T · P for the memory and 2 · T · P float64 for the effects, P parameters.
+            (T + 1) · P numbers for the taps, T · P for the memory and 2 · T · P float64 for the effects, P parameters;
+            see ``accumulate`` for the exact Gram without them.
         sketch_dim: numbers per parameter in sketch mode; smaller parameters are kept exactly.
         memory_decay: decay of the memory per appearance of a task, in [0, 1). A short memory mostly holds noise that
             the parameters have just moved along, which biases ``signal`` downwards: at 0.9 it is negative for tasks
@@ -266,6 +273,10 @@ def track(
             add up to ``param.grad``.
         process_group: the ranks whose gradients are averaged (DistributedDataParallel); ``None`` for the default group.
         include: ``include(name, module)`` says whether a module is tracked.
+        accumulate: exact mode: keep the T gradients, so that they add up over uses of a weight and over micro-batches.
+            With False a step is one batch, parameters used more than once are left out by name, ``gram``, ``cosine``
+            and ``others_cosine`` are exact, and what needs the memory is sketched as in sketch mode: the Gram is
+            computed inside the product that gives the weight gradient (``taskgrad.ops.wgrad_gram``).
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind; the message says which and what it needs.
@@ -298,7 +309,9 @@ def track(
         held = {id(p) for group in o.param_groups for p in group["params"]}
         if held.isdisjoint(id(p) for p in trainable):
             raise ValueError("optimizer holds none of the model's trainable parameters; pass the one that trains it")
-    if mode == "exact":
+    if mode == "sketch" and not accumulate:
+        raise ValueError('accumulate=False is for mode="exact": sketches always accumulate')
+    if mode == "exact" and accumulate:
         _check_memory(trainable, len(tasks))
     if world_size(process_group) > 1 and mode == "exact":
         raise ValueError('mode="exact" works on one rank: its gradients are too large to sum; use mode="sketch"')
@@ -315,6 +328,7 @@ def track(
         verify=verify,
         process_group=process_group,
         include=include,
+        accumulate=accumulate,
     )
 
 
@@ -323,5 +337,5 @@ def _check_memory(params: Sequence[nn.Parameter], tasks: int) -> None:
     if size > EXACT_LIMIT:
         raise ValueError(
             f'mode="exact" would hold {size / 2**30:.1f} GiB for {tasks} tasks, more than {EXACT_LIMIT >> 30}; '
-            'use mode="sketch"'
+            'use mode="sketch", or accumulate=False for the exact Gram alone'
         )

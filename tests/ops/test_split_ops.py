@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from taskgrad.ops.conv_sketch import conv_sketch
-from taskgrad.ops.embedding_stats import embedding_stats
-from taskgrad.ops.segment_sum import segment_sum
 from taskgrad.ops.wgrad_sketch import splitting_is_cheaper, wgrad_sketch
 
 COUNTS = ([2, 0, 1, 3], [0, 0, 6, 0], [6, 0, 0, 0], [1, 1, 1, 1])
@@ -28,18 +26,6 @@ def _rows(counts: list[int], shuffled: bool) -> tuple[Tensor, Tensor | None, Ten
 
 def _signs(*shape: int) -> Tensor:
     return torch.randint(0, 2, shape).double() * 2 - 1
-
-
-@pytest.mark.parametrize("shuffled", [False, True], ids=["sorted", "shuffled"])
-@pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_segment_sum(counts: list[int], shuffled: bool) -> None:
-    task, order, offsets = _rows(counts, shuffled)
-    values = torch.randn(len(task), 5, dtype=torch.float64)
-    want = torch.stack([values[task == t].sum(0) for t in range(len(counts))])
-    torch.testing.assert_close(segment_sum(values, order, offsets), want)
-    half = segment_sum(values.bfloat16(), order, offsets)
-    assert half.dtype == torch.float32
-    torch.testing.assert_close(half.double(), want, rtol=0.02, atol=0.05)
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,25 +63,6 @@ def test_wgrad_sketch_takes_both_ways() -> None:
         torch.testing.assert_close(stats.sum(0), left.mT @ dw @ right)
 
 
-@pytest.mark.parametrize("padding", [-1, 3])
-@pytest.mark.parametrize("ranks", [(0, 0), (4, 0), (0, 2), (4, 2)], ids=str)
-@pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_embedding_stats(counts: list[int], ranks: tuple[int, int], padding: int) -> None:
-    task, order, offsets = _rows(counts, True)
-    index = torch.randint(0, 7, (len(task), 4))
-    dy = torch.randn(len(task), 4, 5, dtype=torch.float64)
-    left, right = (_signs(d, r) if r else None for d, r in zip((7, 5), ranks, strict=True))
-    dw, stats = embedding_stats(dy, index, order, offsets, 7, padding, left, right)
-    parts = torch.zeros(len(counts), 7, 5, dtype=torch.float64)
-    for n in range(len(task)):
-        for m in range(4):
-            if index[n, m] != padding:
-                parts[task[n], index[n, m]] += dy[n, m]
-    torch.testing.assert_close(dw, parts.sum(0))
-    sketched = parts if left is None else left.mT @ parts
-    torch.testing.assert_close(stats, sketched if right is None else sketched @ right)
-
-
 @pytest.mark.parametrize("sketched", [False, True])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_conv_sketch(counts: list[int], sketched: bool) -> None:
@@ -120,14 +87,11 @@ def test_opcheck(dtype: torch.dtype, shuffled: bool) -> None:
     task, order, offsets = _rows([2, 0, 3], shuffled)
     n = len(task)
     check = torch.library.opcheck
-    check(segment_sum, (torch.randn(n, 4).to(dtype), order, offsets))
     for left, right in ((None, None), (_signs(6, 2).float(), _signs(4, 2).float())):
         check(
-            wgrad_sketch, (torch.randn(n, 3, 6).to(dtype), torch.randn(n, 3, 4).to(dtype), order, offsets, left, right)
+            torch.ops.taskgrad.wgrad_sketch.default,
+            (torch.randn(n, 3, 6).to(dtype), torch.randn(n, 3, 4).to(dtype), order, offsets, left, right),
         )
-        table = None if left is None else _signs(9, 2).float()
-        index = torch.randint(0, 9, (n, 3))
-        check(embedding_stats, (torch.randn(n, 3, 4).to(dtype), index, order, offsets, 9, -1, table, right))
     x, weight = torch.randn(n, 2, 8).to(dtype), torch.randn(4, 2, 3).to(dtype)
     dy = torch.nn.functional.conv1d(x, weight)
     check(conv_sketch, (dy, x, weight, [1], [0], [1], 1, order, offsets, None, None))

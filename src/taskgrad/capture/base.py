@@ -3,9 +3,10 @@
 A captured layer runs its forward through an ``autograd.Function`` that takes over the weight gradient and returns, as
 the gradient of an unregistered leaf (the parameter's *tap*, [T + 1, dim]), the sketch of every task's part of it.
 Autograd then accumulates the statistics exactly when it accumulates ``param.grad``: over uses of a shared weight and
-over micro-batches, and not under ``autograd.grad(loss, x)``. All tensors are saved with ``save_for_backward``, which
-keeps the memory saving of activation checkpointing, and the output is returned detached, which lets in-place ops
-follow.
+over micro-batches, and not under ``autograd.grad(loss, x)``. Where the Gram is not to be taken from accumulated
+gradients, the tap has T + 2 more columns: the rows of the exact Gram of this use, and a 1 that counts uses. All tensors
+are saved with ``save_for_backward``, which keeps the memory saving of activation checkpointing, and the output is
+returned detached, which lets in-place ops follow.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..rows import Rows
-from ..sketch import SketchMap, project
+from ..sketch import SketchMap, project, sketch_dim
 
 
 class Unattributed(Exception):
@@ -26,21 +27,24 @@ class Unattributed(Exception):
 
 
 class Probe:
-    """One parameter's map, and the leaf whose gradient is the per-task sketch of the parameter's gradient."""
+    """One parameter's map, and the leaf whose gradient is the per-task sketch of the parameter's gradient; with
+    ``gram`` also the Gram of its one use."""
 
-    def __init__(self, name: str, param: nn.Parameter, sketch: SketchMap, num_tasks: int, column: int) -> None:
+    def __init__(
+        self, name: str, param: nn.Parameter, sketch: SketchMap, num_tasks: int, column: int, gram: bool
+    ) -> None:
         self.name = name
         self.param = param
         self.sketch = sketch
+        self.gram = gram
         self.columns = slice(column, column + sketch.dim)
         self.seen = False
         self._make_tap(num_tasks)
 
     def _make_tap(self, num_tasks: int) -> None:
         dtype = torch.float64 if self.param.dtype == torch.float64 else torch.float32
-        self.tap = torch.zeros(
-            num_tasks + 1, self.sketch.dim, dtype=dtype, device=self.param.device, requires_grad=True
-        )
+        width = self.sketch.dim + (num_tasks + 2 if self.gram else 0)
+        self.tap = torch.zeros(num_tasks + 1, width, dtype=dtype, device=self.param.device, requires_grad=True)
 
     def follow(self) -> None:
         """Move to the parameter's device and dtype, where the model was moved after tracking began."""
@@ -55,6 +59,24 @@ class Probe:
 
 
 NOTHING = (None, None, None)
+
+
+def wants_gram(tap: Tensor | None, param: Tensor | None, left: Tensor | None, right: Tensor | None) -> bool:
+    """Whether the parameter's tap has columns for a Gram beside those of the sketch (left, right)."""
+    return tap is not None and param is not None and tap.shape[1] > sketch_dim(param.shape, left, right)
+
+
+def tap_grad(sketches: Tensor, gram: Tensor | None) -> Tensor:
+    """The gradient of a tap from the sketches [T + 1, dim] and, where it wants one, the Gram [T + 1, T + 1]."""
+    if gram is None:
+        return sketches
+    return torch.cat([sketches, gram.to(sketches.dtype), sketches.new_ones(sketches.shape[0], 1)], 1)
+
+
+def tap_grad_of(values: Tensor, gram: bool, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """The same from the tasks' gradients themselves, [T + 1, *shape]."""
+    products = torch.ops.taskgrad.sum_gram(values.flatten(1))[1] if gram else None
+    return tap_grad(project(values, left, right), products)
 
 
 class Capture(abc.ABC):
@@ -110,7 +132,7 @@ def rows_of(rows: Rows, x: Tensor, feature_dims: int = 1) -> int:
     else."""
     if not rows.match(x, feature_dims):
         raise Unattributed(f"input of shape {tuple(x.shape)} does not start with the shape of the ids, {rows.shape}")
-    return rows.segment.shape[0]
+    return rows.entries
 
 
 def refuse_double_backward() -> None:
@@ -148,20 +170,21 @@ class _PerExample(torch.autograd.Function):
         right: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(order, offsets, receipt, left, right)
+        ctx.gram = wants_gram(tap, param, left, right)
         return param.detach().expand(entries, *param.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward()
         order, offsets, receipt, left, right = ctx.saved_tensors
-        grad = torch.ops.taskgrad.segment_sum(dy.flatten(1), order, offsets).view(-1, *dy.shape[1:])
+        grad = torch.ops.taskgrad.segment_sum(dy.flatten(1)[:, None], order, offsets).view(-1, *dy.shape[1:])
         return (
             grad.sum(0).to(dy.dtype),
             None,
             None,
             None,
             receipt_grad(receipt),
-            project(grad, left, right),
+            tap_grad_of(grad, ctx.gram, left, right),
             None,
             None,
         )
@@ -172,6 +195,6 @@ def per_example(param: Tensor, probe: Probe, rows: Rows) -> Tensor:
 
     The building block for a layer kind of your own: write its forward with the copies instead of the parameter.
     """
-    entries = rows.segment.shape[0]
+    entries = rows.entries
     out = _PerExample.apply(param, rows.order, rows.offsets, entries, rows.receipt, *probe.tensors)
     return out  # type: ignore[no-any-return]

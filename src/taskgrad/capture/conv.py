@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.segment_sum import stat_dtype
 from ..rows import Rows
-from ..sketch import project, scaled
+from ..sketch import scaled
 from .base import (
     NOTHING,
     Capture,
@@ -21,6 +21,8 @@ from .base import (
     refuse_double_backward,
     register_capture,
     rows_of,
+    tap_grad_of,
+    wants_gram,
 )
 
 
@@ -48,6 +50,8 @@ class _Conv(torch.autograd.Function):
         ctx.save_for_backward(x, weight, order, offsets, receipt, w_left, w_right, b_left, b_right)
         ctx.options = stride, padding, dilation, groups
         ctx.track_weight, ctx.track_bias = w_tap is not None, b_tap is not None
+        ctx.w_gram = wants_gram(w_tap, weight, w_left, w_right)
+        ctx.b_gram = wants_gram(b_tap, bias, b_left, b_right)
         zeros = [0] * len(stride)
         return torch.convolution(x, weight, bias, stride, padding, dilation, False, zeros, groups).detach()
 
@@ -64,15 +68,17 @@ class _Conv(torch.autograd.Function):
                 dy, x, weight, None, stride, padding, dilation, False, zeros, groups, plain
             )
         if ctx.track_weight:
+            # a Gram needs all the tasks' gradients of this layer at once
+            maps = (None, None) if ctx.w_gram else (w_left, w_right)
             dw, stats = torch.ops.taskgrad.conv_sketch(
-                dy, x, weight, stride, padding, dilation, groups, order, offsets, w_left, w_right
+                dy, x, weight, stride, padding, dilation, groups, order, offsets, *maps
             )
-            w_stats = scaled(stats, w_left, w_right)
+            w_stats = tap_grad_of(stats, True, w_left, w_right) if ctx.w_gram else scaled(stats, w_left, w_right)
         if ctx.needs_input_grad[2]:
             values = dy.flatten(2).sum(2, dtype=stat_dtype(dy))
             if ctx.track_bias:
-                sums = torch.ops.taskgrad.segment_sum(values, order, offsets)
-                db, b_stats = sums.sum(0).to(dy.dtype), project(sums, b_left, b_right)
+                sums = torch.ops.taskgrad.segment_sum(values[:, None], order, offsets)
+                db, b_stats = sums.sum(0).to(dy.dtype), tap_grad_of(sums, ctx.b_gram, b_left, b_right)
             else:
                 db = values.sum(0).to(dy.dtype)
         none = (None,) * 6
@@ -113,7 +119,7 @@ class ConvCapture(Capture):
             list(module.dilation),
             module.groups,
             rows.order,
-            rows.offsets,
+            rows.ids_offsets,
             rows.receipt,
             *(NOTHING if w_probe is None else w_probe.tensors),
             *(NOTHING if b_probe is None else b_probe.tensors),

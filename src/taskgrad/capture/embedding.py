@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from ..rows import Rows
 from ..sketch import scaled
-from .base import Capture, Probe, Unattributed, receipt_grad, refuse_double_backward, register_capture
+from .base import (
+    Capture,
+    Probe,
+    Unattributed,
+    receipt_grad,
+    refuse_double_backward,
+    register_capture,
+    tap_grad,
+    wants_gram,
+)
 
 
 class _Embedding(torch.autograd.Function):
@@ -30,24 +39,19 @@ class _Embedding(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(index, order, offsets, receipt, left, right)
         ctx.padding_idx, ctx.entries, ctx.num_embeddings = padding_idx, entries, weight.shape[0]
+        ctx.gram = wants_gram(tap, weight, left, right)
         return nn.functional.embedding(index, weight).detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward()
         index, order, offsets, receipt, left, right = ctx.saved_tensors
-        dw, stats = torch.ops.taskgrad.embedding_stats(
-            dy.reshape(ctx.entries, -1, dy.shape[-1]),
-            index.reshape(ctx.entries, -1),
-            order,
-            offsets,
-            ctx.num_embeddings,
-            ctx.padding_idx,
-            left,
-            right,
-        )
+        dy, index = dy.reshape(ctx.entries, -1, dy.shape[-1]), index.reshape(ctx.entries, -1)
+        rows = (dy, index, order, offsets, ctx.num_embeddings, ctx.padding_idx)
+        dw, stats = torch.ops.taskgrad.embedding_stats(*rows, left, right)
+        gram = torch.ops.taskgrad.embedding_gram(*rows) if ctx.gram else None
         none = (None,) * 4
-        return None, dw, *none, receipt_grad(receipt), scaled(stats, left, right), None, None
+        return None, dw, *none, receipt_grad(receipt), tap_grad(scaled(stats, left, right), gram), None, None
 
 
 @register_capture(nn.Embedding)
@@ -71,7 +75,7 @@ class EmbeddingCapture(Capture):
             index,
             module.weight,
             padding_idx,
-            rows.segment.shape[0],
+            rows.entries,
             rows.order,
             rows.offsets,
             rows.receipt,

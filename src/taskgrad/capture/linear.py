@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.segment_sum import stat_dtype
 from ..rows import Rows
-from ..sketch import project, scaled
+from ..sketch import scaled
 from .base import (
     NOTHING,
     Capture,
@@ -19,6 +20,9 @@ from .base import (
     refuse_double_backward,
     register_capture,
     rows_of,
+    tap_grad,
+    tap_grad_of,
+    wants_gram,
 )
 
 
@@ -48,6 +52,8 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(kept, weight, order, offsets, receipt, w_left, w_right, b_left, b_right)
         ctx.transposed, ctx.entries = transposed, entries
         ctx.track_weight, ctx.track_bias = w_tap is not None, b_tap is not None
+        ctx.w_gram = wants_gram(w_tap, weight, w_left, w_right)
+        ctx.b_gram = wants_gram(b_tap, bias, b_left, b_right)
         return nn.functional.linear(x, weight.t() if transposed else weight, bias).detach()
 
     @staticmethod
@@ -61,27 +67,22 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             x3 = x.reshape(ctx.entries, -1, x.shape[-1])
             first, second = (x3, dy3) if ctx.transposed else (dy3, x3)
-            if ctx.track_weight:
+            if ctx.w_gram:
+                dw, stats, gram = torch.ops.taskgrad.wgrad_stats(first, second, order, offsets, w_left, w_right)
+                w_stats = tap_grad(scaled(stats, w_left, w_right), gram)
+            elif ctx.track_weight:
                 dw, stats = torch.ops.taskgrad.wgrad_sketch(first, second, order, offsets, w_left, w_right)
                 w_stats = scaled(stats, w_left, w_right)
             else:
                 dw = first.flatten(0, 1).mT @ second.flatten(0, 1)
         if ctx.needs_input_grad[2]:
-            rows = _sum_rows(dy3)
             if ctx.track_bias:
-                sums = torch.ops.taskgrad.segment_sum(rows, order, offsets)
-                db, b_stats = sums.sum(0).to(dy.dtype), project(sums, b_left, b_right)
+                sums = torch.ops.taskgrad.segment_sum(dy3, order, offsets)
+                db, b_stats = sums.sum(0).to(dy.dtype), tap_grad_of(sums, ctx.b_gram, b_left, b_right)
             else:
-                db = rows.sum(0).to(dy.dtype)
+                db = dy3.sum((0, 1), dtype=stat_dtype(dy)).to(dy.dtype)
         none = (None,) * 4
         return dx, dw, db, *none, receipt_grad(receipt), w_stats, None, None, b_stats, None, None
-
-
-def _sum_rows(dy: Tensor) -> Tensor:
-    """[E, M, d] to [E, d]; half precision is summed in float32."""
-    if dy.shape[1] == 1:
-        return dy[:, 0]
-    return dy.sum(1, dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32)
 
 
 @register_capture(nn.Linear)

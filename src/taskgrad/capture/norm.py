@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..ops.segment_sum import stat_dtype
 from ..rows import Rows
-from ..sketch import project
 from .base import (
     NOTHING,
     Capture,
@@ -26,25 +25,25 @@ from .base import (
     refuse_double_backward,
     register_capture,
     rows_of,
+    tap_grad_of,
+    wants_gram,
 )
 
 
-def _stats(
-    values: Tensor | None,
-    like: Tensor,
+def _grad_and_stats(
+    sums: Tensor,
+    like: Tensor | None,
+    needed: bool,
     tracked: bool,
-    order: Tensor | None,
-    offsets: Tensor,
+    gram: bool,
     left: Tensor | None,
     right: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """From per-entry gradients [E, numel] of a parameter shaped like ``like``: its gradient and its sketch per task."""
-    if values is None:
+    """From the per-task gradients [T + 1, numel] of a parameter shaped like ``like``: its gradient and its sketches."""
+    if like is None or not needed:
         return None, None
-    if not tracked:
-        return values.sum(0).view_as(like).to(like.dtype), None
-    sums = torch.ops.taskgrad.segment_sum(values, order, offsets).view(-1, *like.shape)
-    return sums.sum(0).to(like.dtype), project(sums, left, right)
+    sums = sums.view(-1, *like.shape)
+    return sums.sum(0).to(like.dtype), tap_grad_of(sums, gram, left, right) if tracked else None
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -71,6 +70,8 @@ class _LayerNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, mean, rstd, order, offsets, receipt, w_left, w_right, b_left, b_right)
         ctx.shape, ctx.entries = shape, entries
         ctx.track_weight, ctx.track_bias = w_tap is not None, b_tap is not None
+        ctx.w_gram = wants_gram(w_tap, weight, w_left, w_right)
+        ctx.b_gram = wants_gram(b_tap, bias, b_left, b_right)
         return out.detach()  # type: ignore[no-any-return]
 
     @staticmethod
@@ -82,14 +83,10 @@ class _LayerNorm(torch.autograd.Function):
             mask = [True, False, False]
             dx = torch.ops.aten.native_layer_norm_backward(dy, x, ctx.shape, mean, rstd, weight, bias, mask)[0]
         rows = (ctx.entries, -1, math.prod(ctx.shape))
-        w_values = b_values = None
-        if ctx.needs_input_grad[1]:
-            xhat = (x - mean) * rstd
-            w_values = (dy * xhat).reshape(rows).sum(1, dtype=stat_dtype(dy))
-        if ctx.needs_input_grad[2]:
-            b_values = dy.reshape(rows).sum(1, dtype=stat_dtype(dy))
-        dw, w_stats = _stats(w_values, weight, ctx.track_weight, order, offsets, *maps[:2])
-        db, b_stats = _stats(b_values, weight, ctx.track_bias, order, offsets, *maps[2:])
+        mean, rstd = (t.reshape(ctx.entries, -1).to(stat_dtype(x)) for t in (mean, rstd))
+        gamma, beta = torch.ops.taskgrad.norm_segment_sum(dy.reshape(rows), x.reshape(rows), mean, rstd, order, offsets)
+        dw, w_stats = _grad_and_stats(gamma, weight, ctx.needs_input_grad[1], ctx.track_weight, ctx.w_gram, *maps[:2])
+        db, b_stats = _grad_and_stats(beta, bias, ctx.needs_input_grad[2], ctx.track_bias, ctx.b_gram, *maps[2:])
         none = (None,) * 5
         return dx, dw, db, *none, receipt_grad(receipt), w_stats, None, None, b_stats, None, None
 
@@ -116,20 +113,21 @@ class _RMSNorm(torch.autograd.Function):
         rstd = torch.rsqrt(wide.square().mean(dims, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, rstd, order, offsets, receipt, left, right)
         ctx.dims, ctx.entries = dims, entries
+        ctx.gram = wants_gram(tap, weight, left, right)
         return (wide * rstd * weight).to(x.dtype).detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward()
         x, weight, rstd, order, offsets, receipt, left, right = ctx.saved_tensors
-        dy = dy.to(rstd.dtype)
-        xhat = x.to(rstd.dtype) * rstd
         dx = None
         if ctx.needs_input_grad[0]:
-            scaled = dy * weight
+            xhat, scaled = x.to(rstd.dtype) * rstd, dy.to(rstd.dtype) * weight
             dx = ((scaled - xhat * (scaled * xhat).mean(ctx.dims, keepdim=True)) * rstd).to(x.dtype)
-        values = (dy * xhat).reshape(ctx.entries, -1, weight.numel()).sum(1)
-        dw, stats = _stats(values, weight, True, order, offsets, left, right)
+        rows = (ctx.entries, -1, weight.numel())
+        rstd = rstd.reshape(ctx.entries, -1)
+        gamma, _ = torch.ops.taskgrad.norm_segment_sum(dy.reshape(rows), x.reshape(rows), None, rstd, order, offsets)
+        dw, stats = _grad_and_stats(gamma, weight, True, True, ctx.gram, left, right)
         none = (None,) * 5
         return dx, dw, *none, receipt_grad(receipt), stats, None, None
 
@@ -160,6 +158,8 @@ class _GroupNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, rstd, order, offsets, receipt, w_left, w_right, b_left, b_right)
         ctx.groups = groups
         ctx.track_weight, ctx.track_bias = w_tap is not None, b_tap is not None
+        ctx.w_gram = wants_gram(w_tap, weight, w_left, w_right)
+        ctx.b_gram = wants_gram(b_tap, bias, b_left, b_right)
         return out.detach()  # type: ignore[no-any-return]
 
     @staticmethod
@@ -174,15 +174,16 @@ class _GroupNorm(torch.autograd.Function):
                 dy, x, mean, rstd, weight, n, channels, x[0, 0].numel(), ctx.groups, [True, False, False]
             )[0]
         flat = dy.reshape(n, channels, -1)
-        w_values = b_values = None
+        dw = db = w_stats = b_stats = None
         if ctx.needs_input_grad[1]:
             grouped = x.reshape(n, ctx.groups, -1)
             xhat = (grouped - mean.view(n, ctx.groups, 1)) * rstd.view(n, ctx.groups, 1)
-            w_values = (flat * xhat.view(n, channels, -1)).sum(2, dtype=stat_dtype(dy))
+            values = (flat * xhat.view(n, channels, -1)).sum(2, dtype=stat_dtype(dy))
+            gamma = torch.ops.taskgrad.segment_sum(values[:, None], order, offsets)
+            dw, w_stats = _grad_and_stats(gamma, weight, True, ctx.track_weight, ctx.w_gram, *maps[:2])
         if ctx.needs_input_grad[2]:
-            b_values = flat.sum(2, dtype=stat_dtype(dy))
-        dw, w_stats = _stats(w_values, weight, ctx.track_weight, order, offsets, *maps[:2])
-        db, b_stats = _stats(b_values, weight, ctx.track_bias, order, offsets, *maps[2:])
+            beta = torch.ops.taskgrad.segment_sum(flat.sum(2, dtype=stat_dtype(dy))[:, None], order, offsets)
+            db, b_stats = _grad_and_stats(beta, weight, True, ctx.track_bias, ctx.b_gram, *maps[2:])
         none = (None,) * 4
         return dx, dw, db, *none, receipt_grad(receipt), w_stats, None, None, b_stats, None, None
 
@@ -234,7 +235,8 @@ class RMSNormCapture(Capture):
         x = args[0] if args else kwargs["x"]
         dims = list(range(-len(module.normalized_shape), 0))
         entries = rows_of(rows, x, len(dims))
-        eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+        # torch's default is the eps of the dtype it computes in
+        eps = torch.finfo(stat_dtype(x)).eps if module.eps is None else module.eps
         out = _RMSNorm.apply(
             x, module.weight, dims, eps, entries, rows.order, rows.offsets, rows.receipt, *probes["weight"].tensors
         )

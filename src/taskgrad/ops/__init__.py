@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 from .conv_sketch import conv_sketch
-from .embedding_stats import embedding_stats
-from .segment_sum import segment_sum
+from .embedding_stats import embedding_gram, embedding_stats
+from .ghost_gram import ghost_gram
+from .memory_dot import memory_dot
+from .segment_sum import norm_segment_sum, segment_sum
+from .sketch_params import sketch_params
 from .sum_gram import sum_gram
+from .wgrad_gram import wgrad_gram
 from .wgrad_sketch import wgrad_sketch
+from .wgrad_stats import wgrad_stats
 
-__all__ = ["conv_sketch", "embedding_stats", "segment_sum", "sum_gram", "wgrad_sketch"]
+__all__ = [
+    "conv_sketch",
+    "embedding_gram",
+    "embedding_stats",
+    "ghost_gram",
+    "memory_dot",
+    "norm_segment_sum",
+    "segment_sum",
+    "sketch_params",
+    "sum_gram",
+    "wgrad_gram",
+    "wgrad_sketch",
+    "wgrad_stats",
+]

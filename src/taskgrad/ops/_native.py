@@ -118,7 +118,7 @@ def _cache_dir() -> Path:
 def _key(source_dir: Path, recipe: dict[str, list[str]]) -> str:
     """A name that changes with everything the library depends on; torch's version stands for its headers."""
     digest = hashlib.sha256(json.dumps([recipe, torch.__version__, platform.machine(), platform.libc_ver()]).encode())
-    for source in recipe["sources"]:
+    for source in (*recipe["sources"], *recipe["headers"]):
         digest.update((source_dir / source).read_bytes())
     return digest.hexdigest()[:16]
 

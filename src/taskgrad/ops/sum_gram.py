@@ -8,7 +8,11 @@ With one row per task, holding that task's part of a weight gradient, ``sum`` is
 so the Gram is accumulated in fp64 (on a GPU: fp32 within a tile). The kernels add their partial sums in an
 order given by the shape: same input, same bits, for any number of threads.
 
-The same stem is in ``csrc/ops/sum_gram.cpp`` (CPU), ``tests/ops`` and ``benchmarks``.
+On a GPU the Triton kernel runs (``launch``), for float64 and for more than ``MAX_ROWS`` rows the reference. The CUDA
+C++ kernel is ``torch.ops.taskgrad.sum_gram_cuda``, there where it was built ahead of time, for at most 32 rows; nothing
+but benchmarks and tests calls it until measurements say which of the two is faster.
+
+The same stem is in ``csrc/ops`` (CPU), ``csrc/cuda`` (CUDA C++), ``tests/ops`` and ``benchmarks``.
 """
 
 from __future__ import annotations

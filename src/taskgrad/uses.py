@@ -1,0 +1,52 @@
+"""The exact Gram of a step without T gradients in memory: every layer gives that of its own weight gradient.
+
+The Gram of a sum is not the sum of Grams, so a parameter counts only where it is used once in a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .capture import Probe
+
+REASON = "used more than once in a step, and accumulate=False adds up Grams of single uses; use accumulate=True"
+
+SECOND_BATCH = (
+    "accumulate=False takes one batch per optimizer step, and a second one ran backward before it: the Gram of "
+    "accumulated gradients needs track(..., accumulate=True)"
+)
+
+
+@dataclass
+class Uses:
+    """What the taps of a step say of the parameters used in it.
+
+    ``grams``: [P, T + 1, T + 1] float64, multiplied as the gradients are; ``repeated``: bool [P].
+    """
+
+    probes: list[Probe]
+    grams: Tensor
+    repeated: Tensor
+
+    def gram(self, without: dict[str, str], scale: Tensor | None) -> Tensor:
+        """The step's Gram [T + 1, T + 1], float64, but for the parameters named in ``without``; symmetric."""
+        kept = [i for i, probe in enumerate(self.probes) if probe.name not in without]
+        total = self.grams[kept].sum(0)
+        total = (total + total.mT) / 2  # the tap may have rounded to float32
+        return total if scale is None else total / scale.double() ** 2
+
+
+def read_uses(probes: list[Probe], num_tasks: int, device: torch.device) -> Uses:
+    """The Gram columns of the taps; ``probes`` are those that count."""
+    used, grads = [], []
+    for probe in probes:
+        if probe.tap.grad is not None:
+            used.append(probe)
+            grads.append(probe.tap.grad[:, probe.sketch.dim :].double())
+    if not grads:
+        grads = [torch.zeros(num_tasks + 1, num_tasks + 2, dtype=torch.float64, device=device)]
+    columns = torch.stack(grads)
+    return Uses(used, columns[: len(used), :, :-1], columns[: len(used), 0, -1] > 1)

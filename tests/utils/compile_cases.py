@@ -1,0 +1,208 @@
+"""The Triton kernels of the package in the configurations that their launch functions choose, one function a stem."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+from .offline import Case
+
+POINTER = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+
+def op(stem: str) -> ModuleType:
+    """The module ``taskgrad.ops.<stem>``; the attribute of ``taskgrad.ops`` of that name is the function."""
+    return importlib.import_module(f"taskgrad.ops.{stem}")
+
+
+def sum_gram() -> list[Case]:
+    module = op("sum_gram")
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (16, 32, 64):
+            tile, warps = module.tile_config(dtype, rows)
+            pointer = POINTER[dtype]
+            cases.append(
+                Case(
+                    module.sum_gram_kernel,
+                    f"{pointer[1:]} T={rows}",
+                    {"block": pointer, "total": pointer, "partials": "*fp64", "row_stride": "i64"},
+                    {"T_PAD": rows, "TILE": tile},
+                    aligned=("row_stride",),
+                    warps=warps,
+                    # fp32 products must keep all their bits
+                    forbidden=("tf32",) if dtype == torch.float32 else (),
+                )
+            )
+    return cases
+
+
+def segment_sum() -> list[Case]:
+    module = op("segment_sum")
+    strides = ("dy_entry_stride", "dy_row_stride", "x_entry_stride", "x_row_stride")
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for d, kind in ((768, "sum"), (768, "layer norm"), (1, "sum")):
+            rows, columns = module.tile_config(d, kind == "layer norm")
+            types = {"dy": POINTER[dtype], "offsets": "*i64", "order": "*i64", "partials": "*fp32"}
+            constants = {"S_PAD": 16, "BLOCK_N": rows, "BLOCK_D": columns}
+            if kind == "sum":
+                constants |= {"x": None, "mean": None, "rstd": None}
+            else:
+                types |= {"x": POINTER[dtype], "mean": "*fp32", "rstd": "*fp32"}
+            aligned = () if d == 1 else ("d", *strides)
+            config = f"{POINTER[dtype][1:]} {kind} d={d}"
+            cases.append(Case(module.segment_sum_kernel, config, types, constants, aligned))
+    types = {"partials": "*fp32", "offsets": "*i64", "out": "*fp32"}
+    cases.append(Case(module.segment_parts_kernel, "d=768", types, {"BLOCK_P": 16, "BLOCK_D": 128}, ("d",)))
+    return cases
+
+
+def memory_dot() -> list[Case]:
+    module = op("memory_dot")
+    types = {"memory": "*fp32", "stats": "*fp32", "partials": "*fp64", "memory_stride": "i64", "stats_stride": "i64"}
+    cases = []
+    for t, s in ((16, 16), (32, 32)):
+        tile, warps = module.tile_config(t, s)
+        constants = {"BLOCK_T": t, "BLOCK_S": s, "TILE": tile}
+        strides = ("memory_stride", "stats_stride")
+        cases.append(
+            Case(module.memory_dot_kernel, f"T={t} S={s}", types, constants, strides, warps, forbidden=("tf32",))
+        )
+    return cases
+
+
+def sketch_params() -> list[Case]:
+    module = op("sketch_params")
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        rows, columns = module.tile_config(dtype)
+        types = {"theta": POINTER[dtype], "left": "*fp32", "right": "*fp32", "partials": "*fp64", "row_stride": "i64"}
+        constants = {"BLOCK_0": rows, "BLOCK_1": columns, "RANK": module.R}
+        aligned = ("row_stride", "d1", "r0", "r1")
+        cases.append(Case(module.sketch_params_kernel, POINTER[dtype][1:], types, constants, aligned))
+    return cases
+
+
+HOPPER_ON = (90, 100)
+
+
+def embedding_stats() -> list[Case]:
+    module = op("embedding_stats")
+    types = {"left": "*fp32", "v": "*fp32", "index": "*i64", "order": "*i64", "offsets": "*i64", "partials": "*fp32"}
+    constants = {"S_PAD": 16, "BLOCK_N": module.BLOCK_N, "R0": 32, "R1": 32}
+    kernel = module.embedding_sketch_kernel
+    return [Case(kernel, "r0=32 r1=32", types, constants, aligned=("r0", "r1"), forbidden=("tf32",))]
+
+
+def wgrad_gram() -> list[Case]:
+    module = op("wgrad_gram")
+    strides = ("dy_stride", "x_stride", "dw_stride")
+    cases = []
+    for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False)):
+        for major, archs in ((9, HOPPER_ON), (8, (80,))):
+            tiles = {d: module.tile_config(dtype, tf32, d, d, 132, major) for d in (4096, 1024)}
+            for tile in dict.fromkeys(tiles.values()):
+                for segments in (9, 33):
+                    pointer = POINTER[dtype]
+                    wide = dtype == torch.float32
+                    types = {"dy": pointer, "x": pointer, "offsets": "*i64", "dw": "*fp32", "partials": "*fp64"}
+                    types |= {"scratch": pointer if wide else "*bf16"} | dict.fromkeys(strides, "i64")
+                    constants = {"HEIGHT": tile.height, "WIDTH": tile.width, "DEPTH": tile.depth}
+                    constants |= {"SEG": module.SEGMENTS, "SPLIT": tile.warps, "CHUNK": tile.chunk}
+                    constants |= {"GROUP": module.GROUP, "ONE_BLOCK": segments <= module.SEGMENTS, "ACCUMULATE": True}
+                    constants["PRECISION"] = "tf32" if tf32 else "ieee"
+                    name = f"{'tf32' if tf32 else pointer[1:]} {tile.height}x{tile.width} S={segments}"
+                    exact = wide and not tf32
+                    cases.append(
+                        Case(
+                            module.wgrad_gram_kernel,
+                            name,
+                            types,
+                            constants,
+                            ("d_out", "d_in", *strides),
+                            tile.warps,
+                            tile.stages,
+                            wgmma=not exact,
+                            # scratch is written and read by one kernel: .nc loads would miss the writes
+                            forbidden=("ld.global.nc", "tf32") if exact else ("ld.global.nc",),
+                            archs=archs,
+                        )
+                    )
+    return cases
+
+
+def ghost_gram() -> list[Case]:
+    module = op("ghost_gram")
+    strides = ("dy_stride", "x_stride")
+    cases = []
+    for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False)):
+        for major, archs in ((9, HOPPER_ON), (8, (80,))):
+            tile = module.tile_config(dtype, tf32, major)
+            for padded in (16, 128):
+                pointer = POINTER[dtype]
+                types = {"dy": pointer, "x": pointer, "partials": "*fp64", "segment": "*i32"}
+                constants = {"BLOCK": tile.block, "DEPTH": tile.depth, "S_PAD": padded}
+                constants["COLUMNS"] = min(padded, module.COLUMNS)
+                constants["PRECISION"] = "tf32" if tf32 else "ieee"
+                exact = dtype == torch.float32 and not tf32
+                cases.append(
+                    Case(
+                        module.ghost_gram_kernel,
+                        f"{'tf32' if tf32 else pointer[1:]} {tile.block} S={padded}",
+                        types | dict.fromkeys(strides, "i64"),
+                        constants,
+                        ("d_out", "d_in", *strides),
+                        tile.warps,
+                        tile.stages,
+                        wgmma=not exact,
+                        forbidden=("ld.global.nc", "tf32") if exact else ("ld.global.nc",),
+                        archs=archs,
+                    )
+                )
+    return cases
+
+
+def wgrad_sketch() -> list[Case]:
+    module = op("wgrad_sketch")
+    strides = ("u_stride", "v_stride")
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for r in (32, 64, 512):
+            tile = module.tile_config(dtype, r, r)
+            for ordered in (False, True):
+                types = {"u": POINTER[dtype], "v": POINTER[dtype], "order": "*i64", "offsets": "*i64"}
+                constants = {"HEIGHT": tile.height, "WIDTH": tile.width, "DEPTH": tile.depth, "ORDERED": ordered}
+                case = Case(
+                    module.segment_products_kernel,
+                    f"{POINTER[dtype][1:]} {tile.height}x{tile.width}{' order' if ordered else ''}",
+                    types | {"partials": "*fp32"} | dict.fromkeys(strides, "i64"),
+                    constants,
+                    ("r0", "r1", *strides),
+                    tile.warps,
+                    tile.stages,
+                    wgmma=dtype == torch.bfloat16,
+                    forbidden=("tf32",) if dtype == torch.float32 else (),
+                )
+                if case.config not in {other.config for other in cases}:
+                    cases.append(case)
+    return cases
+
+
+STEMS: tuple[Callable[[], list[Case]], ...] = (
+    embedding_stats,
+    memory_dot,
+    segment_sum,
+    sketch_params,
+    sum_gram,
+    wgrad_gram,
+    ghost_gram,
+    wgrad_sketch,
+)
+
+
+def cases() -> list[Case]:
+    return [case for stem in STEMS for case in stem()]
