@@ -42,7 +42,7 @@ class Rates:
     fused: float
 
 
-# H100: what cuBLAS sustains in public bfloat16 benchmarks, a fifth below what its memory can do at best; A100 alike.
+# H100: what cuBLAS sustains in public bfloat16 benchmarks, a tenth below what its memory can do at best; A100 alike.
 # CPU: one thread of a server core with AVX-512 and MKL, measured with wgrad_gram, ghost_gram and sum_gram at d = 512 and
 # 1024 (16-bit operands are widened first); torch's own threads multiply it. No rate is more than a guess elsewhere.
 RATES = {
