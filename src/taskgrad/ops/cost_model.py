@@ -43,7 +43,7 @@ class Rates:
 
 
 # H100: what cuBLAS sustains in public bfloat16 benchmarks, a tenth below what its memory can do at best; A100 alike.
-# CPU: one thread of a server core with AVX-512 and MKL, measured with wgrad_gram, ghost_gram and sum_gram at d = 512 and
+# CPU: one thread of a server core with AVX-512 and MKL, measured with these kernels at d = 512 and
 # 1024 (16-bit operands are widened first); torch's own threads multiply it. No rate is more than a guess elsewhere.
 RATES = {
     "sm_90": Rates(half=600e12, single=50e12, bytes=3.0e12, split=0.9, fused=0.8),

@@ -107,9 +107,14 @@ class _Curves:
 
 
 def train(
-    name: str, seed: int, steps: int, on_step: Callable[[int, float, float | None], None] | None = None
+    name: str,
+    seed: int,
+    steps: int,
+    on_step: Callable[[int, float, float | None], None] | None = None,
+    policy: Any = None,
 ) -> RunResult:
-    """Train a fresh model for `steps` steps under policy `name` (a key of `POLICIES`) and evaluate it on the way.
+    """Train a fresh model for `steps` steps under policy `name` (a key of `POLICIES`) and evaluate it on the way; with
+    `policy`, under that one, of any name.
 
     Data and initial weights depend on `seed` only, so the runs of a seed differ by their batches alone. `on_step` is
     called after each step with its number, its loss and, where there was an evaluation, the mean accuracy on the rare
@@ -121,7 +126,7 @@ def train(
     model = ByteGPT(SEQUENCE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     tracker = track(model, tasks=TASKS, optimizer=optimizer, mode="exact", memory_decay=MEMORY_DECAY)
-    policy = POLICIES[name]()
+    policy = POLICIES[name]() if policy is None else policy
     sampler = AdaptiveBatchSampler(
         mixture.task_of_example,
         batch_size=BATCH_SIZE,

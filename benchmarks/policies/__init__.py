@@ -1,0 +1,7 @@
+"""What the default policy is worth: the same training run under several policies, in three settings.
+
+    python -m benchmarks.policies --setting many --policy OverwriteBoost --seed 100
+    python -m benchmarks.policies.tables
+
+The first appends a JSON line per run to a file, the second makes the tables of docs/policy-log.md from it.
+"""
