@@ -12,6 +12,8 @@ from taskgrad.study.demo import STEPS
 from taskgrad.study.train import DIVERTED
 from taskgrad.study.train import train as train_demo
 
+from .train import POINTS
+
 __all__ = ["DIVERTED", "STEPS", "natural", "train"]
 
 
@@ -28,7 +30,8 @@ def train(policy: Any, seed: int, steps: int) -> dict[str, Any]:
     """
     found = asdict(train_demo(type(policy).__name__, seed, steps, policy=policy))
     mix = natural(seed)
-    shares = found["curves"]["share"]
+    shares = np.array(found["curves"]["share"])
+    shares = shares[:: max(1, len(shares) // POINTS)].round(6)
     curve = [
         {"step": e["step"], "text_loss": e["text_loss"], **{task: e["seen"][task] for task in RARE}}
         for e in found["evaluations"]
@@ -40,7 +43,7 @@ def train(policy: Any, seed: int, steps: int) -> dict[str, Any]:
         "accuracy": [None, *(curve[-1][task] for task in RARE)],
         "curve": curve,
         "mean": found["share"],
-        "shares": shares,
-        "budget": [float(0.5 * np.abs(np.array(share) - mix).sum()) for share in shares],
+        "shares": shares.tolist(),
+        "budget": (0.5 * np.abs(shares - mix).sum(1)).round(6).tolist(),
         "seconds": found["seconds"],
     }

@@ -16,7 +16,7 @@ from taskgrad.sampling import AdaptiveBatchSampler
 
 from .parity import Parity, Setting, build_model
 
-POINTS = 60
+POINTS = 20
 """Points of a run's trajectories."""
 EVALUATIONS = 15
 EVAL_EXAMPLES = 1000
@@ -72,7 +72,7 @@ def train(setting: Setting, policy: Any, seed: int, steps: int, guarded: bool = 
         weights = sampler.weights
         if step % max(1, steps // POINTS) == 0:
             run.shares.append(np.round(weights, 6).tolist())
-            run.budget.append(float(0.5 * np.abs(weights - natural).sum()))
+            run.budget.append(round(float(0.5 * np.abs(weights - natural).sum()), 6))
         task_ids = task_of_slot[slots]
         inputs, labels = data.batch(task_ids, step)
         optimizer.zero_grad()

@@ -14,8 +14,9 @@ parts from then on, all of it kept per task over its appearances:
   ever longer phases without any it falls to a floor, and after a rest of half its history it is probed again.
 
 The budget is split in proportion to what tasks want, at most ``CAP`` equal parts times its need for each. What that
-leaves over stays with the natural mix: the budget in force shrinks. So gradients alone cause raises. Without losses in
-the reports nothing is withheld but what mastered tasks release.
+leaves over stays with the natural mix: the budget in force shrinks. So gradients alone raise a task above the others;
+losses withhold, and give back. Without losses in the reports only what mastered tasks release is withheld.
+docs/policy-log.md has the evidence for the rules and the constants.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ WINDOW = 200
 SIGNIFICANT = 2.0
 """Standard errors that a signal, or a trial's progress, must exceed."""
 RESTORED = 3.0
-"""Standard errors that progress must exceed after a stall: over a run a task with nothing to learn passes two."""
+"""Standard errors that progress must exceed after a stall: over a run a task with nothing to learn passes two by
+chance."""
 SHARPNESS = 2.0
 """Power of the need: half as much left to learn wants a quarter."""
 LIFT = 2.0
