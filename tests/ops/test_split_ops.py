@@ -10,18 +10,7 @@ from torch import Tensor
 
 from taskgrad.ops.conv_sketch import conv_sketch
 from taskgrad.ops.wgrad_sketch import splitting_is_cheaper, wgrad_sketch
-
-COUNTS = ([2, 0, 1, 3], [0, 0, 6, 0], [6, 0, 0, 0], [1, 1, 1, 1])
-
-
-def _rows(counts: list[int], shuffled: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Task of every entry, the order that sorts them (None if sorted), and the offsets."""
-    task = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    offsets = torch.tensor([0, *counts]).cumsum(0)
-    if not shuffled:
-        return task, None, offsets
-    task = task[torch.randperm(len(task))]
-    return task, torch.argsort(task, stable=True), offsets
+from tests.utils.rows import COUNTS, make_rows
 
 
 def _signs(*shape: int) -> Tensor:
@@ -40,7 +29,7 @@ def _signs(*shape: int) -> Tensor:
 )
 def test_wgrad_sketch(counts: list[int], rows: int, d_out: int, d_in: int, r0: int, r1: int, shuffled: bool) -> None:
     """Both ways to the sketch, whichever the sizes pick; a rank of 0 stands for the identity."""
-    task, order, offsets = _rows(counts, shuffled)
+    task, order, offsets = make_rows(counts, shuffled)
     dy, x = (torch.randn(len(task), rows, d, dtype=torch.float64) for d in (d_out, d_in))
     left = _signs(d_out, r0) if r0 else None
     right = _signs(d_in, r1) if r1 else None
@@ -66,7 +55,7 @@ def test_wgrad_sketch_takes_both_ways() -> None:
 @pytest.mark.parametrize("sketched", [False, True])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_conv_sketch(counts: list[int], sketched: bool) -> None:
-    task, order, offsets = _rows(counts, True)
+    task, order, offsets = make_rows(counts, True)
     x = torch.randn(len(task), 4, 9, 8, dtype=torch.float64)
     weight = torch.randn(6, 2, 3, 2, dtype=torch.float64, requires_grad=True)
     options = ([2, 1], [1, 0], [1, 2], 2)
@@ -84,7 +73,7 @@ def test_conv_sketch(counts: list[int], sketched: bool) -> None:
 @pytest.mark.parametrize("shuffled", [False, True], ids=["sorted", "shuffled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_opcheck(dtype: torch.dtype, shuffled: bool) -> None:
-    task, order, offsets = _rows([2, 0, 3], shuffled)
+    task, order, offsets = make_rows([2, 0, 3], shuffled)
     n = len(task)
     check = torch.library.opcheck
     for left, right in ((None, None), (_signs(6, 2).float(), _signs(4, 2).float())):
