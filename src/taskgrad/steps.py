@@ -151,7 +151,7 @@ class Steps:
         wrong = torch.stack(flags).any().to(valid.device) if flags else None
         if wrong is not None:
             valid = valid & ~wrong
-        total, gram = sum_gram(gradient)
+        total, gram = sum_gram(gradient) if uses is None else (gradient.sum(0), None)
         half = any(b.task_rows.half for b in ran)
         due = self._guard and (self.count < GUARD_FIRST or self.count % GUARD_EVERY == 0)
         if uses is not None and (due or valid.device.type == "cpu"):
@@ -160,9 +160,9 @@ class Steps:
         elif uses is not None:
             valid = valid & ~uses.repeated.any()
         if due and bool(valid) and self._sum_guard(gradient, total, half):
-            _, gram = sum_gram(gradient)
-        if uses is not None:
-            gram = uses.gram(self.probes.reasons, scale)
+            gram = None  # what was left out is in it
+        if gram is None:
+            gram = sum_gram(gradient)[1] if uses is None else uses.gram(self.probes.reasons, scale)
         loss = None if counts.loss is None else (counts.loss / counts.weight)[:-1]
         share = counts.share
         reading = self.memory.read(gradient, share, self.theta)

@@ -24,29 +24,31 @@ SECOND_BATCH = (
 class Uses:
     """What the taps of a step say of the parameters used in it.
 
-    ``grams``: [P, T + 1, T + 1] float64, multiplied as the gradients are; ``repeated``: bool [P].
+    ``grams``: of every parameter [T + 1, T + 1] float64, multiplied as the gradients are; ``nothing``: zeros like them;
+    ``repeated``: bool [P].
     """
 
     probes: list[Probe]
-    grams: Tensor
+    grams: list[Tensor]
+    nothing: Tensor
     repeated: Tensor
 
     def gram(self, without: dict[str, str], scale: Tensor | None) -> Tensor:
         """The step's Gram [T + 1, T + 1], float64, but for the parameters named in ``without``; symmetric."""
-        kept = [i for i, probe in enumerate(self.probes) if probe.name not in without]
-        total = self.grams[kept].sum(0)
+        # not by indexing one tensor: a GPU would be waited for while the indices are on their way
+        kept = [gram for probe, gram in zip(self.probes, self.grams, strict=True) if probe.name not in without]
+        total = torch.stack([self.nothing, *kept]).sum(0)
         total = (total + total.mT) / 2  # the tap may have rounded to float32
         return total if scale is None else total / scale.double() ** 2
 
 
 def read_uses(probes: list[Probe], num_tasks: int, device: torch.device) -> Uses:
     """The Gram columns of the taps; ``probes`` are those that count."""
-    used, grads = [], []
+    used, columns = [], []
     for probe in probes:
         if probe.tap.grad is not None:
             used.append(probe)
-            grads.append(probe.tap.grad[:, probe.sketch.dim :].double())
-    if not grads:
-        grads = [torch.zeros(num_tasks + 1, num_tasks + 2, dtype=torch.float64, device=device)]
-    columns = torch.stack(grads)
-    return Uses(used, columns[: len(used), :, :-1], columns[: len(used), 0, -1] > 1)
+            columns.append(probe.tap.grad[:, probe.sketch.dim :].double())
+    nothing = torch.zeros(num_tasks + 1, num_tasks + 1, dtype=torch.float64, device=device)
+    uses = torch.stack([nothing[0, 0], *(c[0, -1] for c in columns)])[1:]
+    return Uses(used, [c[:, :-1] for c in columns], nothing, uses > 1)
