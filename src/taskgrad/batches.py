@@ -10,39 +10,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .accumulation import in_backward
 from .capture.site import Site
-from .closing import in_backward
 from .ops.segment_sum import segment_sum
 from .rows import Rows
 
 
 class Batch:
-    """Context of one forward pass: ``with tracker.batch(ids) as b``."""
+    """Context of one forward pass: ``with tracker.batch(ids) as b``.
+
+    Attributes:
+        task_rows: whose row is whose.
+        examples: float64 [T + 1], how many hold the task; NaN for ids (1, S), the tokens of several examples.
+        mass: float64 [T + 1], the share of each task's rows in the loss, 1 in all for a mean over the batch.
+        entered: the same times what the task's losses were multiplied with; 1 for rest.
+        task_losses: [T + 1], the rows' losses times their shares, summed by task; ``None`` without ``losses``.
+    """
 
     def __init__(
         self,
         task_rows: Rows,
         weight: Tensor | None,
+        loss_weight: Tensor | None,
         enter: Callable[[Batch], None],
         leave: Callable[[Batch, bool], None],
     ) -> None:
         self.task_rows = task_rows
+        self.examples = task_rows.examples.double()
+        if len(task_rows.shape) == 2 and task_rows.shape[0] == 1:
+            self.examples = torch.full_like(self.examples, torch.nan)
+        self.mass = torch.where(task_rows.weight > 0, task_rows.weight / task_rows.total, 0.0)
+        self.entered = self.mass
+        if loss_weight is not None:
+            self.entered = torch.cat([self.mass[:-1] * loss_weight.to(self.mass.device), self.mass[-1:]])
         self.task_losses: Tensor | None = None
-        self.kept: Tensor | None = None  # a flag on the GPU: its gradients were not zeroed before the step
         self._weight, self._enter, self._leave = weight, enter, leave
 
     def losses(self, per_row: Tensor) -> None:
         """Enter the loss of every row, in the shape of the ids, not multiplied by any ``loss_weight``; fills
-        ``StepReport.loss``."""
+        ``StepReport.loss``.
+
+        Raises:
+            TypeError: not a floating tensor.
+            ValueError: of another shape than the ids.
+        """
+        if not isinstance(per_row, Tensor) or not per_row.is_floating_point():
+            got = per_row.dtype if isinstance(per_row, Tensor) else type(per_row).__name__
+            raise TypeError(f"per_row must be a floating tensor, one loss per row, got {got}")
         if tuple(per_row.shape) != self.task_rows.shape:
-            raise ValueError(f"per_row must have the shape of ids, {self.task_rows.shape}, got {tuple(per_row.shape)}")
+            raise ValueError(
+                f"per_row must have the shape of ids, {self.task_rows.shape}, got {tuple(per_row.shape)}; "
+                'most losses give one value per row with reduction="none"'
+            )
         values = per_row.detach().double().reshape(-1)
         if self._weight is not None:
             values = values * self._weight.reshape(-1).to(values)
         order = self.task_rows.order
         order = None if order is None else order.to(values.device, non_blocking=True)
         offsets = self.task_rows.offsets.to(values.device, non_blocking=True)
-        self.task_losses = segment_sum(values, order, offsets)
+        sums = segment_sum(values, order, offsets)
+        self.task_losses = sums / self.task_rows.total.to(sums.device, non_blocking=True)
 
     def __enter__(self) -> Batch:
         self._enter(self)
@@ -59,11 +86,12 @@ class Batches:
     (``capture.site.Owner``)."""
 
     def __init__(self) -> None:
-        self.observer: Callable[[Site, tuple[Any, ...], dict[str, Any]], Tensor] | None = None
+        self.observer: Callable[[Site, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.active: Batch | None = None
         self.pending: list[Batch] = []
         self.verified = False
         self._regrouped: Rows | None = None
+        self._recomputing: Batch | None = None
 
     def enter(self, batch: Batch) -> None:
         self.active = batch
@@ -72,7 +100,7 @@ class Batches:
     def leave(self, batch: Batch, failed: bool) -> None:
         self.active = None
         batch.task_rows.release()
-        if failed and not batch.task_rows.ran:
+        if failed and not batch.task_rows.backward:
             self.pending.remove(batch)
 
     @property
@@ -82,6 +110,8 @@ class Batches:
     def current_rows(self) -> Rows | None:
         """The rows a layer called now works on; ``None``: not tracked."""
         if not torch.is_grad_enabled():
+            if self.active is not None and not torch.compiler.is_compiling():
+                self.active.task_rows.hidden = True
             return None
         if torch.compiler.is_compiling() or not in_backward():
             if self.active is None:
@@ -97,7 +127,18 @@ class Batches:
                 "activation checkpointing recomputes a layer while several batches wait for their backward pass, so "
                 "its rows cannot be told apart; call backward() for each tracker.batch() before the next one"
             )
-        return waiting[0].task_rows if waiting else None
+        if not waiting:
+            waiting = [b for b in self.pending if b.task_rows.hidden and not b.task_rows.backward]
+            if len(waiting) > 1:
+                return None  # the gradients then have no statistics, and the step says so
+        if waiting and waiting[0] is not self._recomputing:
+            # reentrant checkpointing runs passes inside the pass: after the first the batch no longer waits
+            self._recomputing = waiting[0]
+            torch.autograd.Variable._execution_engine.queue_callback(self._recomputed_all)
+        return None if self._recomputing is None else self._recomputing.task_rows
+
+    def _recomputed_all(self) -> None:
+        self._recomputing = None
 
     @contextmanager
     def regroup(self, make: Callable[[], Rows]) -> Iterator[None]:

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Sequence
+from typing import Any, Protocol
 
-import torch
 from torch.optim import Optimizer
+
+from .accumulation import in_backward
+
+
+class Closes(Protocol):
+    """What a step is made of."""
+
+    def collect(self, params: Container[int] | None) -> None:
+        """Take the statistics of the parameters with these ids (``None``: of all), whose gradients are complete."""
+
+    def read(self) -> None:
+        """All are taken: the step's gradients against the memory."""
+
+    def close(self) -> None:
+        """The parameters moved."""
+
+    def cut_short(self) -> None:
+        """What was taken is of no step."""
 
 
 class StepHooks:
-    """Calls ``before`` when the first of the optimizers is about to step and ``after`` when all have stepped."""
+    """Takes what belongs to an optimizer's parameters just before it steps: only then are their gradients complete. The
+    step closes when all have stepped; a round in which one stepped and another did not is no step."""
 
-    def __init__(self, optimizers: Sequence[Optimizer], before: Callable[[], None], after: Callable[[], None]) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer], steps: Closes) -> None:
         self.optimizers = list(optimizers)
-        self.before, self.after = before, after
+        self._steps = steps
+        self._began: set[int] = set()
         self._stepped: set[int] = set()
         self._handles = [o.register_step_pre_hook(self._pre) for o in self.optimizers]
         self._handles += [o.register_step_post_hook(self._post) for o in self.optimizers]
@@ -27,15 +46,15 @@ class StepHooks:
             )
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            self._begin()
+            self._begin(optimizer)
             return None
         # Lightning's way: the closure runs forward and backward once, and the update follows
-        wrapped = self._once(closure)
+        wrapped = self._once(optimizer, closure)
         if len(args) > 1:
             return (args[0], wrapped, *args[2:]), kwargs
         return args, {**kwargs, "closure": wrapped}
 
-    def _once(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _once(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         calls = 0
 
         def run() -> Any:
@@ -47,26 +66,35 @@ class StepHooks:
                     "some SAM): the step would have several gradients"
                 )
             out = closure()
-            self._begin()
+            self._begin(optimizer)
             return out
 
         return run
 
-    def _begin(self) -> None:
-        if not self._stepped:
-            self.before()
+    def _begin(self, optimizer: Optimizer) -> None:
+        if id(optimizer) in self._began:
+            self.cut_short()
+        last = len(self._began) == len(self.optimizers) - 1
+        params = None if last else {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._steps.collect(params)  # with the last go those that no optimizer moves
+        self._began.add(id(optimizer))
+        if len(self._began) == len(self.optimizers):
+            self._steps.read()
 
     def _post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self.optimizers):
+            self._began.clear()
             self._stepped.clear()
-            self.after()
+            self._steps.close()
+
+    def cut_short(self) -> None:
+        """A new round begins: if some optimizer of the last one did not step, that was no step."""
+        if self._began:
+            self._began.clear()
+            self._stepped.clear()
+            self._steps.cut_short()
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-
-
-def in_backward() -> bool:
-    """Whether the calling thread is inside a backward pass."""
-    return bool(torch._C._current_graph_task_id() != -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from .report import StepReport
 from .rows import ids_range
 from .sketch import SketchMap
+from .validity import because
 
 VECTORS = (
     "others_cosine",
@@ -39,7 +41,8 @@ class Delivery:
 
     Args:
         values: tensors on the device, by name of the report's field, and ``valid``, ``block``, ``loss`` and ``wrong``
-            (ids or weights that are none); the last two may be missing.
+            (ids or weights that are none); the last may be missing. ``flags`` says why a step is not valid,
+            ``given`` whether its losses were entered.
     """
 
     def __init__(
@@ -72,15 +75,22 @@ class Delivery:
                 f"step {self.step}: {ids_range(len(self.tasks))}, and weights must be finite and not negative; "
                 "for values on a GPU this is seen only when the report arrives: pass them on the CPU to find the batch"
             )
-        if not bool(values.pop("valid")):
-            return invalid_report(
-                self.tasks, self.step, values["steps_since_seen"], values["examples"], values["tokens"]
-            )
+        loss: Tensor | None = values.pop("loss")
+        if not bool(values.pop("given")):
+            loss = None
+        if not bool(values["examples"].isnan().any()):
+            values["examples"] = values["examples"].long()
+        valid, flags = bool(values.pop("valid")), values.pop("flags").tolist()
+        if not valid:
+            reason = because(flags) or "a parameter was used more than once (accumulate=False)"
+            counts = (values["steps_since_seen"], reason, values["examples"], values["tokens"])
+            return invalid_report(self.tasks, self.step, *counts, loss)
         return StepReport(
             tasks=self.tasks,
             step=self.step,
             valid=True,
-            loss=values.pop("loss", None),
+            reason=None,
+            loss=loss,
             _block=values.pop("block"),
             _maps=tuple(m.to(torch.device("cpu")) for m in self.maps),
             **values,
@@ -121,17 +131,26 @@ def invalid_report(
     tasks: tuple[str, ...],
     step: int,
     steps_since_seen: Tensor,
+    reason: str,
     examples: Tensor | None = None,
     tokens: Tensor | None = None,
+    loss: Tensor | None = None,
 ) -> StepReport:
     """The report of a step that told nothing: NaN everywhere but in the counts."""
     count = len(tasks)
     nan = torch.full((count,), torch.nan, dtype=torch.float64)
     square = nan[:, None].expand(count, count)
+    if loss is not None and tokens is not None:
+        bad = [
+            t for t, x, n in zip(tasks, loss.tolist(), tokens.tolist(), strict=True) if n > 0 and not math.isfinite(x)
+        ]
+        if bad:
+            reason += f"; the loss of {', '.join(bad)} is not finite"
     return StepReport(
         tasks=tasks,
         step=step,
         valid=False,
+        reason=reason,
         examples=torch.zeros(count, dtype=torch.int64) if examples is None else examples,
         tokens=torch.zeros(count, dtype=torch.float64) if tokens is None else tokens,
         loss=None,

@@ -103,7 +103,16 @@ class TaskMemory:
             curvature=torch.where(both, bend, nan),
         )
 
-    def write(self, gradient: Tensor, share: Tensor, seen: Tensor, before: Tensor, after: Tensor, step: int) -> Tensor:
+    def write(
+        self,
+        gradient: Tensor,
+        share: Tensor,
+        seen: Tensor,
+        before: Tensor,
+        after: Tensor,
+        step: int,
+        left_out: Tensor | None = None,
+    ) -> Tensor:
         """Enter the step, and say what it did to every task by the memory as it was: ⟨m_t, θ_{k+1} − θ_k⟩ [T].
 
         Args:
@@ -112,6 +121,7 @@ class TaskMemory:
             seen: [T] bool, the tasks that enter.
             before, after: [K], float64, the parameters around the step.
             step: its number.
+            left_out: [K] bool, columns whose memory stays as it is; ``None`` for none.
         """
         tasks = self.count.shape[0]
         row, correction = seen[:, None], self._correction()
@@ -121,7 +131,8 @@ class TaskMemory:
             predicted += (ema.double() * correction) @ (after[c] - before[c])
             mean = (gradient[:tasks, c].double() * share[:, None]).to(ema.dtype)
             # where, not a product: what does not enter may be NaN
-            ema.copy_(torch.where(row, self.decay * ema + (1 - self.decay) * mean, ema))
+            enters = row if left_out is None else row & ~left_out[c]
+            ema.copy_(torch.where(enters, self.decay * ema + (1 - self.decay) * mean, ema))
             self.before[:, c] = torch.where(row, before[c], self.before[:, c])
             self.after[:, c] = torch.where(row, after[c], self.after[:, c])
         predicted = torch.where(self.count > 0, predicted, torch.nan)

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .capture import Probe, find_capture, register_transformers
-from .capture.site import Owner, Site, replaced_forward
+from .accumulation import Accumulation
+from .capture import Capture, Probe, find_capture, register_transformers
+from .capture.route import site_of
+from .capture.site import Owner, Site
 from .coverage import Coverage
-from .ops import sketch_params
-from .sketch import scaled, sketch_map
+from .sketch import sketch_map
 
+STRAY = (
+    "one row [1, ...] shared by all examples is used for more than an addition to their rows, so its gradient cannot "
+    "be split"
+)
 NOT_CALLED = "no tracked forward has called its module (or only through a function that takes the weight itself)"
 ADDED = "came to the model after tracking began; tracker.remove() and track() again"
 REPLACED = "another tensor took its place in the module; tracker.remove() and track() again"
+RESHAPED = "its shape changed since tracking began; tracker.remove() and track() again"
+TAKEN = "tracked by another tracker; call remove() on that one first"
+UNSEEN = (
+    "the sum over tasks is not its gradient: it is also used where no tracked module sees it (a functional call, a "
+    "penalty on the weights, a forward outside of batch()), or a hook changes its gradient"
+)
+AGAIN = "; if the next comparison agrees it counts again"
+NAMED = 8  # parameters that a warning names of one cause
 LEFT_OUT = "left out by include"
 
 
@@ -41,15 +54,18 @@ class Probes:
         self.reasons: dict[str, str] = {}
         self.probes: dict[str, Probe] = {}
         self.sites: list[Site] = []
+        self.suspects: dict[str, str] = {}  # left out of a step's numbers, not yet for good
         self.width = 0
+        self.accumulation = Accumulation(self.probes.values)
         self._warned: set[str] = set()
         claimed: set[str] = set()
         strangers: dict[str, str] = {}
+        found: list[tuple[str, nn.Module, Capture]] = []
         for path, module in model.named_modules():
             capture = find_capture(module)
             reason = None if capture is None else _refusal(module, path, include) or capture.refuse(module)
             if capture is not None and reason is None:
-                self.sites.append(Site(path, module, capture, owner))
+                found.append((path, module, capture))
             for attr, param in module._parameters.items():
                 if param is None:
                     continue
@@ -66,7 +82,22 @@ class Probes:
         self.reasons.update({n: r for n, r in strangers.items() if n not in claimed and n not in self.reasons})
         self._flags: tuple[bool, ...] = ()
         self._stale = True
-        self.refresh(between_steps=True)
+        try:
+            self.sites.extend(Site(*place, owner) for place in found)
+            self.refresh(between_steps=True)
+            if not self.probes:
+                self._refuse()
+        except BaseException:
+            self.remove()  # a tracker that was not made leaves nothing behind
+            raise
+
+    def _refuse(self) -> None:
+        if any(reason.endswith(TAKEN) for reason in self.reasons.values()):
+            raise RuntimeError(
+                "the model is tracked already: call remove() on the tracker that track() gave before, and then track()"
+            )
+        some = "; ".join(f"{name}: {reason}" for name, reason in list(self.reasons.items())[:5])
+        raise ValueError(f"no trainable parameter of the model belongs to a layer kind that taskgrad knows: {some}")
 
     def refresh(self, between_steps: bool) -> bool:
         """Follow parameters that were frozen, thawed or moved; True if columns were added.
@@ -85,11 +116,14 @@ class Probes:
                     if self._usable(site.module._parameters.get(attr))
                 }
         for site in self.sites:
-            for attr, probe in site.probes.items():
-                if site.module._parameters.get(attr) is not probe.param:
-                    self.drop(probe.name, REPLACED)
+            for attr, probe in list(site.probes.items()):
+                replaced = site.module._parameters.get(attr) is not probe.param
+                if replaced or probe.param.shape != probe.shape:
+                    site.probes = {a: p for a, p in site.probes.items() if a != attr}
+                    self.drop(probe.name, REPLACED if replaced else RESHAPED)
         for probe in self.probes.values():
-            probe.follow()
+            if probe.name not in self.reasons:
+                probe.follow()
         return self.width > width
 
     def _usable(self, param: nn.Parameter | None) -> bool:
@@ -102,7 +136,7 @@ class Probes:
         name = self.names[id(param)]
         if name not in self.probes:
             sketch = sketch_map(param.shape, self.sketch_dim, self.seed, name).to(param.device)
-            self.probes[name] = Probe(name, param, sketch, self.num_tasks, self.width, self.grams)
+            self.probes[name] = Probe(name, param, sketch, self.num_tasks, self.width, self.grams, self.accumulation)
             self.width += sketch.dim
         return self.probes[name]
 
@@ -114,8 +148,26 @@ class Probes:
         """Leave parameter ``name`` out of every number from now on, and say so once."""
         if name not in self.reasons:
             self.reasons[name] = reason
+            self.suspects.pop(name, None)
             self._stale = True
-            self._warn({name: reason})
+            self._warn({name: reason} if name not in self._warned else {})
+
+    def suspect(self, probes: Sequence[Probe], reason: str) -> list[Probe]:
+        """Parameters that a comparison contradicts: left out of this step, and for good if the last comparison
+        contradicted them too. Returns the latter."""
+        again = [p for p in probes if p.name in self.suspects]
+        for probe in probes:
+            if probe.name not in self.suspects:
+                self.suspects[probe.name] = reason + AGAIN
+        self._warn({p.name: reason for p in probes if p.name not in self._warned})
+        for probe in again:
+            self.drop(probe.name, reason)
+        return again
+
+    def acquit(self, names: Collection[str]) -> None:
+        """A comparison confirmed these parameters."""
+        for name in names:
+            self.suspects.pop(name, None)
 
     def warn_of_gaps(self) -> None:
         """Name, after the first step, the trainable parameters that no number covers and that ``include`` did not
@@ -125,35 +177,44 @@ class Probes:
 
     def _warn(self, missing: dict[str, str]) -> None:
         self._warned.update(missing)
-        if missing:
-            names = "; ".join(f"{n} ({r})" for n, r in missing.items())
-            warnings.warn(f"taskgrad: left out of every number, see tracker.coverage(): {names}", stacklevel=2)
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in missing.items():
+            by_reason.setdefault(_cause(reason), []).append(name)
+        if by_reason:
+            said = []
+            for reason, names in by_reason.items():
+                more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+                said.append(f"{', '.join(names[:NAMED])}{more} ({reason})")
+            warnings.warn(
+                f"taskgrad: left out of every number, see tracker.coverage(): {'; '.join(said)}", stacklevel=2
+            )
 
     def collect_reasons(self) -> list[Probe]:
         """Drop the parameters of modules that saw rows which are not the batch's; the newly dropped."""
         dropped = []
-        for site in self.sites:
-            if site.reason is not None:
-                for probe in site.probes.values():
-                    if probe.name not in self.reasons:
-                        self.drop(probe.name, f"{site.name}: {site.reason}")
-                        dropped.append(probe)
+        found = [(p, f"{site.name}: {site.reason}") for site in self.sites if site.reason for p in site.probes.values()]
+        found += [(p, STRAY) for p in self.probes.values() if p.stray.grad is not None]
+        missing = {p.name: reason for p, reason in found if p.name not in self.reasons}
+        for probe, reason in found:
+            if probe.name not in self.reasons:
+                self.reasons[probe.name] = reason
+                self.suspects.pop(probe.name, None)
+                self._stale = True
+                dropped.append(probe)
+        self._warn(missing)
         return dropped
 
     @property
     def device(self) -> torch.device:
         return next(iter(self.probes.values())).tap.device
 
-    def take(self) -> Tensor:
-        """The step's statistics G [T + 1, K], zero where there were none; the taps are emptied."""
+    def block(self, taps: Mapping[str, Tensor]) -> Tensor:
+        """Statistics G [T + 1, K] from those of the parameters by name; zero where there are none."""
         dtype = torch.float64 if any(p.tap.dtype == torch.float64 for p in self.probes.values()) else torch.float32
         out = torch.zeros(self.num_tasks + 1, self.width, dtype=dtype, device=self.device)
-        for probe in self.probes.values():
-            if probe.tap.grad is not None:
-                probe.seen = True
-                if probe.name not in self.reasons:
-                    out[:, probe.columns] = probe.tap.grad[:, : probe.sketch.dim]
-                probe.tap.grad = None
+        for name, tap in taps.items():
+            probe = self.probes[name]
+            out[:, probe.columns] = tap[:, : probe.sketch.dim]
         return out
 
     @property
@@ -164,36 +225,34 @@ class Probes:
     def discard(self) -> None:
         """Forget what the taps hold."""
         for probe in self.probes.values():
-            probe.tap.grad = None
-
-    def scale_taps(self, factor: Tensor) -> None:
-        """Multiply what the taps hold."""
-        for probe in self.probes.values():
-            if probe.tap.grad is not None:
-                probe.tap.grad.mul_(factor)
+            probe.discard()
 
     def theta(self) -> Tensor:
         """Sketch of the parameters themselves, [K] in float64: differences of it are sketches of updates."""
         out = torch.zeros(self.width, dtype=torch.float64, device=self.device)
         for probe in self.probes.values():
-            out[probe.columns] = _sketch_of_parameter(probe)
+            if probe.param.shape == probe.shape:
+                out[probe.columns] = probe.sketch_of(probe.param)
         return out
 
-    def versions(self) -> tuple[int, ...]:
-        """Changes whenever a parameter was written in place."""
-        return tuple(p.param._version for p in self.probes.values())
-
-    def grads_vanished(self) -> Tensor | None:
-        """Whether every tracked gradient is zero (a flag on the device), or ``None`` where every one is ``None``."""
-        grads = [p.param.grad for p in self.probes.values() if p.param.grad is not None]
-        if not grads:
+    def columns_of(self, probes: Collection[Probe]) -> Tensor | None:
+        """Which of the K columns belong to ``probes``, bool [K]; ``None`` for none."""
+        if not probes:
             return None
-        return torch.stack([n.double() for n in torch._foreach_norm(grads, float("inf"))]).max() == 0
+        mask = torch.zeros(self.width, dtype=torch.bool)
+        for probe in probes:
+            mask[probe.columns] = True
+        return mask.to(self.device)
+
+    def widths(self) -> Tensor:
+        """Columns of every probe, int64 [P]."""
+        return torch.tensor([p.sketch.dim for p in self.probes.values()], device="cpu").to(self.device)
 
     def coverage(self, verified: bool) -> Coverage:
         """What counts and what does not, over the parameters that train now."""
         trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        missing = {n: self.reasons[n] for n in trainable if n in self.reasons}
+        out = {**self.suspects, **self.reasons}
+        missing = {n: out[n] for n in trainable if n in out}
         for name, param in trainable.items():
             probe = self.probes.get(name)
             if id(param) not in self.names:
@@ -208,19 +267,27 @@ class Probes:
     def remove(self) -> None:
         for site in self.sites:
             site.remove()
+        for probe in self.probes.values():
+            probe.remove()
 
 
-def _sketch_of_parameter(probe: Probe) -> Tensor:
-    param, sketch = probe.param.detach(), probe.sketch
-    if param.dim() < 2 or sketch.exact:
-        return sketch(param.double()[None])[0]
-    stats = sketch_params(param.flatten(1), sketch.left, sketch.right)
-    return scaled(stats[None], sketch.left, sketch.right)[0]
+def _cause(reason: str) -> str:
+    """A reason without the place that it names, where the rest says the same of many."""
+    place, colon, rest = reason.partition(": ")
+    return rest if colon and " " not in place and rest.startswith("no rule for") else reason
 
 
 def _refusal(module: nn.Module, path: str, include: Callable[[str, nn.Module], bool] | None) -> str | None:
     if include is not None and not include(path, module):
         return LEFT_OUT
+    if site_of(module) is not None:
+        return TAKEN
     if replaced_forward(module):
-        return "its forward was replaced on the instance, by another tracker or wrapper"
+        return "its forward was replaced on the instance, by a wrapper"
     return None
+
+
+def replaced_forward(module: nn.Module) -> bool:
+    """Whether the instance has a ``forward`` of somebody's own."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward

@@ -27,7 +27,9 @@ class StepReport:
         step: steps closed so far, abandoned ones included; 0 before the first.
         valid: False for a step that was abandoned (non-finite or vanished gradients); then the numbers are NaN and the
             memory was left alone.
-        examples: int64, examples of the batch that hold the task.
+        reason: why the report is not valid, and what to do; ``None`` if it is.
+        examples: int64, examples of the batch that hold the task; float64 and NaN where ids (1, S) are the tokens of
+            several examples.
         tokens: summed loss weights of the task's rows (``batch(ids, weight=…)``; the number of rows without).
         loss: weighted mean loss of the task's rows, or ``None`` if ``Batch.losses`` was not called.
         gram: [T, T], ⟨g_s, g_t⟩.
@@ -53,6 +55,7 @@ class StepReport:
     tasks: tuple[str, ...]
     step: int
     valid: bool
+    reason: str | None
     examples: Tensor
     tokens: Tensor
     loss: Tensor | None
@@ -93,9 +96,7 @@ class StepReport:
 
     def __str__(self) -> str:
         width = max(len(t) for t in (*self.tasks, "task"))
-        title = f"step {self.step}" + (
-            "" if self.valid else ": no numbers (no step since, or its gradients vanished or were not finite)"
-        )
+        title = f"step {self.step}" + ("" if self.valid else f": no numbers: {self.reason}")
         columns = (
             ("rows", 6),
             ("norm", 9),
@@ -109,7 +110,7 @@ class StepReport:
         for t, name in enumerate(self.tasks):
             seen = int(self.steps_since_seen[t])
             cells = (
-                str(int(self.examples[t])),
+                _short(self.examples[t]),
                 _short(self.norm[t]),
                 _short(self.signal[t]),
                 f"{_short(self.overwrite[t])} ±{_short(self.overwrite_se[t])}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ class Rows:
         ids_offsets: the same where the ids are, for what must be known on the host: there at once for ids on the CPU.
         examples: int64 [T + 1], how many examples (entries of the first dimension) hold the task.
         weight: float64 [T + 1], summed weights of the rows of the task.
-        entered: float64 [T + 1], the same times what the task's losses were multiplied with; 1 for rest.
+        total: float64 scalar, what the loss divides the weighted sum of its rows by.
         wrong: scalar bool on the GPU: ids or weights that are none; ``None`` where they were checked.
-        ran: a backward pass ran through this batch.
-        receipt: scalar leaf that every captured layer takes as an input; its gradient arriving is how ``ran`` is known.
+        backward: number of the last backward pass that ran through this batch; 0 before the first.
+        receipt: scalar leaf that every captured layer takes as an input; its gradient arriving tells of the pass.
         half: a captured layer ran in bfloat16 or float16.
+        hidden: a tracked layer was called without gradients, as under reentrant checkpointing, which runs it again.
     """
 
     def __init__(
@@ -36,11 +38,9 @@ class Rows:
         num_tasks: int,
         device: torch.device,
         weight: Tensor | None = None,
-        loss_weight: Tensor | None = None,
+        weight_total: float | Tensor | None = None,
+        arrive: Callable[[], int] = lambda: 1,
     ) -> None:
-        check_ids(ids, num_tasks)
-        if weight is not None:
-            check_weight(weight, ids)
         ids = ids.detach()
         self.shape = tuple(ids.shape)
         self.entries = ids.numel()
@@ -68,24 +68,28 @@ class Rows:
             # not bincount: with weights its order of additions is left to chance on a GPU
             held = segment == torch.arange(num_tasks + 1, device=ids.device)[:, None]
             self.weight = held.double() @ weight.detach().to(ids.device).double().reshape(-1)
-        if loss_weight is None:
-            self.entered = self.weight
+        if weight_total is None:
+            self.total = self.weight.sum()
         else:
-            self.entered = torch.cat([self.weight[:-1] * loss_weight.to(ids.device), self.weight[-1:]])
-        self.ran = False
+            self.total = torch.as_tensor(weight_total, dtype=torch.float64, device=ids.device).detach()
+        self.backward = 0
         self.half = False
+        self.hidden = False
+        self._arrive = arrive
         self._receipt: Tensor | None = torch.zeros((), device=device, requires_grad=True)
         self._weak = TensorWeakRef(self._receipt)
         self._receipt.register_post_accumulate_grad_hook(self._received)
 
     def _received(self, _: Tensor) -> None:
-        self.ran = True
+        self.backward = self._arrive()
 
     @property
     def receipt(self) -> Tensor:
         """The leaf, also for a layer that is run again in the backward pass."""
         receipt = self._weak() if self._receipt is None else self._receipt
-        assert receipt is not None
+        if receipt is None:  # nothing but what is run again holds it
+            receipt = self._receipt = torch.zeros((), device=self.offsets.device, requires_grad=True)
+            receipt.register_post_accumulate_grad_hook(self._received)
         return receipt
 
     def share_receipt(self, other: Rows) -> None:
@@ -99,7 +103,7 @@ class Rows:
     @property
     def waiting(self) -> bool:
         """Whether a graph that has not been run backward still exists."""
-        return not self.ran and self._weak() is not None
+        return not self.backward and self._weak() is not None
 
     def match(self, x: Tensor, feature_dims: int = 1) -> bool:
         """Whether the leading dimensions of ``x`` are those of the ids, with ``feature_dims`` more at least."""
@@ -118,9 +122,7 @@ def check_ids(ids: Tensor, num_tasks: int) -> None:
         raise ValueError(
             f"ids must have shape (B,), one id per example, or (B, S), one per token, got {tuple(ids.shape)}"
         )
-    if ids.numel() == 0:
-        raise ValueError(f"ids must not be empty, got shape {tuple(ids.shape)}")
-    if ids.device.type != "cpu":
+    if ids.numel() == 0 or ids.device.type != "cpu":
         return
     low, high = int(ids.min()), int(ids.max())
     if low < -1 or high >= num_tasks:
@@ -141,6 +143,22 @@ def check_weight(weight: Tensor, ids: Tensor) -> None:
         raise ValueError(f"weight must have the shape of ids, {tuple(ids.shape)}, got {tuple(weight.shape)}")
     if ids.device.type == "cpu" and not bool((torch.isfinite(weight) & (weight >= 0)).all()):
         raise ValueError("weight must be finite and not negative: it is the weight of each row in the loss mean")
+
+
+def check_weight_total(total: Any) -> None:
+    """Raise unless ``total`` is a number or a scalar tensor; its value, > 0 and finite, where it is on the CPU."""
+    if isinstance(total, bool) or not isinstance(total, int | float | Tensor):
+        raise TypeError(f"weight_total must be a number or a scalar tensor, got {type(total).__name__}")
+    if isinstance(total, Tensor):
+        if total.numel() != 1:
+            raise ValueError(f"weight_total must be one number, got a tensor of shape {tuple(total.shape)}")
+        if total.device.type != "cpu":
+            return
+    if not 0 < float(total) < float("inf"):
+        raise ValueError(
+            f"weight_total must be finite and positive, got {float(total)}: it is what the loss of the whole step is "
+            "divided by (transformers' num_items_in_batch)"
+        )
 
 
 def check_loss_weight(loss_weight: Any, num_tasks: int) -> Tensor:

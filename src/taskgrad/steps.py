@@ -1,10 +1,10 @@
-"""The two halves of a step: gradients are read just before the parameters move, and enter the memory just after."""
+"""A step in a straight line: collect, reduce, validate, read, (the optimizer moves), write, report."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -14,18 +14,20 @@ from torch.amp import GradScaler
 from .batches import Batch, Batches
 from .capture import Probe
 from .delivery import Delivery, Mailbox, invalid_report
-from .guard import REASON, gradients_disagree
 from .memory import Reading, TaskMemory
 from .ops.sum_gram import sum_gram
 from .overwrite import Overwriting
 from .probe import StepProbe
-from .probes import Probes
+from .probes import UNSEEN, Probes
 from .reduce import all_reduce_flat, world_size
 from .report import StepReport, cosines
+from .silence import Silence
+from .sums import differing, tolerances, unlike
 from .uses import REASON as REUSED
 from .uses import SECOND_BATCH, read_uses
+from .validity import REASONS
 
-GUARD_FIRST, GUARD_EVERY = 3, 100  # steps on which the sum over tasks is compared with param.grad
+CHECK_FIRST, CHECK_EVERY = 3, 100  # steps on which what arrives at a parameter is compared with the sum over tasks
 
 
 @dataclass
@@ -33,14 +35,31 @@ class _Counts:
     """Sums over a step's batches, [T + 1] each, the last entry is rest."""
 
     weight: Tensor  # of the rows, float64
+    mass: Tensor  # shares of the loss: 1 in all for every batch whose loss is its rows' mean
     entered: Tensor  # the same, times what the task's losses were multiplied with
-    examples: Tensor  # int64
-    loss: Tensor | None
+    examples: Tensor  # float64
+    loss: Tensor
+    given: Tensor  # bool: every batch entered its losses
 
     @property
     def share(self) -> Tensor:
         """What makes g_t the mean gradient of the task's loss as it was before any factor [T]; 0 for absent tasks."""
-        return torch.where(self.weight > 0, self.weight.sum() / self.entered, 0.0)[:-1]
+        return torch.where(self.mass > 0, self.mass.sum() / self.entered, 0.0)[:-1]
+
+
+@dataclass
+class _Collected:
+    """Statistics taken off the taps, optimizer by optimizer."""
+
+    taps: dict[str, Tensor] = field(default_factory=dict)
+    written: dict[str, Tensor] = field(default_factory=dict)  # sketches of the gradients that were read
+    others: set[str] = field(default_factory=set)  # whose gradient others wrote after the last pass
+    foreign: set[str] = field(default_factory=set)  # to which a pass without statistics added
+    squares: dict[str, Tensor] = field(default_factory=dict)  # [3], of the passes that were checked
+    names: set[str] = field(default_factory=set)
+    first: int = 1 << 62
+    gone: int = 0
+    passes: int = 0
 
 
 @dataclass
@@ -50,18 +69,17 @@ class _Open:
     reading: Reading
     gradient: Tensor
     gram: Tensor
-    share: Tensor
-    weight: Tensor
-    examples: Tensor
-    loss: Tensor | None
+    counts: _Counts
+    flags: Tensor
     valid: Tensor
+    left_out: Tensor | None
     wrong: Tensor | None
 
 
 class Steps:
-    """Memory, windows and reports of a tracker, advanced by ``read`` and ``close``.
+    """Memory, windows and reports of a tracker, advanced by ``collect``, ``read`` and ``close``.
 
-    Nothing here waits for a GPU, but on the few steps on which the guard compares with ``param.grad``.
+    Nothing here waits for a GPU, but on the few steps that are checked, and where gradients are zeroed in place.
     """
 
     def __init__(
@@ -74,6 +92,7 @@ class Steps:
         loss_scale: GradScaler | Tensor | None,
         guard: bool,
         group: dist.ProcessGroup | None,
+        by_hand: bool,
     ) -> None:
         self.tasks, self.probes, self.batches = tasks, probes, batches
         self.count = 0
@@ -83,24 +102,29 @@ class Steps:
         self.memory = TaskMemory(len(tasks), probes.width, memory_decay, dtype, probes.device)
         self.overwriting = Overwriting(len(tasks), probes.device)
         self.mail = Mailbox()
-        self._loss_scale, self._guard, self._group = loss_scale, guard, group
+        self.silence = Silence()
+        self.theta = probes.theta()
+        self._loss_scale, self._guard, self._group, self._by_hand = loss_scale, guard, group, by_hand
+        self._collected = _Collected()
         self._open: _Open | None = None
-        self.follow_parameters()
 
-    def follow_parameters(self) -> None:
-        """Take the parameters as they stand now."""
-        self.theta, self._versions = self.probes.theta(), self.probes.versions()
+    # -- before the step ----------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Before a batch: a step that did not come is given up, parameters that changed since are noticed."""
         self.abandon_if_vanished()
-        if self.probes.grams and any(b.task_rows.ran for b in self.batches.pending):
+        if self.probes.grams and any(b.task_rows.backward for b in self.batches.pending):
             raise RuntimeError(SECOND_BATCH)
         if self.probes.refresh(between_steps=not self.batches.pending):
-            self.follow_parameters()
+            self.theta = self.probes.theta()
             self.memory.widen(self.theta)
-        elif not self.batches.pending and self.probes.versions() != self._versions:
-            self.follow_parameters()
+        elif self._by_hand and not self.batches.pending:
+            self.theta = self.probes.theta()  # step() comes after the update
+        self.probes.accumulation.checking = self._guard and (self._due or bool(self.probes.suspects))
+
+    @property
+    def _due(self) -> bool:
+        return self.count < CHECK_FIRST or self.count % CHECK_EVERY == 0
 
     def drop_unattributed(self) -> None:
         """Parameters whose rows turned out not to be the batch's leave the memory too."""
@@ -109,103 +133,234 @@ class Steps:
 
     def abandon_if_vanished(self) -> None:
         """Statistics whose gradients were zeroed before a step: the step will not come."""
-        if not self.probes.dirty:
-            return
-        vanished = self.probes.grads_vanished()
-        if vanished is None or (vanished.device.type == "cpu" and bool(vanished)):
-            self.mail.put(self.nothing())
-            self.batches.pending.clear()
-            self.probes.discard()
-        elif vanished.device.type != "cpu":  # between micro-batches on a GPU: masked there, without waiting
-            self.probes.scale_taps(~vanished)
-            for batch in self.batches.pending:
-                batch.kept = ~vanished if batch.kept is None else batch.kept & ~vanished
+        ran = [b for b in self.batches.pending if b.task_rows.backward]
+        self.probes.accumulation.settle()
+        if ran and not self.probes.dirty:
+            self.batches.pending = [b for b in self.batches.pending if not b.task_rows.backward]
+            self.mail.put(self.nothing(REASONS["vanished"]))
+
+    def collect(self, params: Container[int] | None) -> None:
+        """Take the statistics of the parameters with these ids (``None``: of all that are left): an optimizer is about
+        to step on their gradients."""
+        accumulation, taken = self.probes.accumulation, self._collected
+        accumulation.settle(compare=False)
+        self.drop_unattributed()
+        if not taken.names:
+            taken.passes = accumulation.count
+            if not self._by_hand:
+                self.theta = self.probes.theta()  # also what was written through .data since the last step
+        read = world_size(self._group) > 1 or accumulation.checking
+        probes = [
+            p
+            for name, p in self.probes.probes.items()
+            if name not in taken.names and (params is None or id(p.param) in params)
+        ]
+        for probe in probes:
+            held, grad = probe.held, probe.param.grad
+            taken.names.add(probe.name)
+            if probe.name not in self.probes.reasons:
+                if probe.tap.grad is not None:
+                    probe.seen = True
+                    taken.taps[probe.name] = probe.tap.grad
+                    taken.first, taken.gone = min(taken.first, held.first), max(taken.gone, held.gone)
+                if grad is not None and (held.written or held.foreign or read):
+                    dense = grad if grad.layout is torch.strided else grad.to_dense()
+                    taken.written[probe.name] = probe.sketch_of(dense)
+                if held.written:
+                    taken.others.add(probe.name)
+                if held.foreign:
+                    taken.foreign.add(probe.name)
+                if probe.squares is not None:
+                    taken.squares[probe.name] = probe.squares
+            probe.discard()
+            held.release(accumulation.count)
+
+    def cut_short(self) -> None:
+        """What was collected is of no step."""
+        self._collected = _Collected()
+        self._open = None
+        gone = self.probes.accumulation.count
+        self.batches.pending = [b for b in self.batches.pending if not 0 < b.task_rows.backward <= gone]
+        self.mail.put(self.nothing(REASONS["cut short"]))
+
+    # -- the step's gradients -----------------------------------------------------------------------------------------
 
     def read(self) -> None:
-        """First half: the step's gradients against the memory."""
+        """The step's gradients against the memory."""
         if self.probe is not None:
             self.probe.before = self.probe.measure()
-        ran = [b for b in self.batches.pending if b.task_rows.ran]
+        taken, self._collected = self._collected, _Collected()
+        ran = [b for b in self.batches.pending if b.task_rows.backward > taken.gone]
+        entered = bool(self.batches.pending)
         self.batches.pending.clear()
-        self.drop_unattributed()
         if self.probes.grams and len(ran) > 1:
-            self.probes.discard()
             raise RuntimeError(SECOND_BATCH)
-        if not ran:
-            self.probes.discard()
-            if not self.probes.live():  # everything was left out: an old report would look like news
-                self.mail.put(self.nothing())
+        ranks = world_size(self._group)
+        if not ran and self.silence.no_batch(entered):
+            self.probes.warn_of_gaps()
+        if not ran and ranks == 1:
+            if not self.probes.live():  # an old report would look like news
+                self.mail.put(self.nothing("every parameter was left out, see tracker.coverage()"))
+            elif entered and taken.written:
+                self.mail.put(self.nothing(REASONS["unreached"]))
             return
-        counts = self._counts(ran)
-        vanished = self.probes.grads_vanished()
-        uses = read_uses(self.probes.live(), len(self.tasks), self.probes.device) if self.probes.grams else None
-        gradient = self.probes.take()
+        if ran:
+            self.silence.batch()
+        probes = list(self.probes.probes.values())
+        tapped = [p for p in probes if p.name in taken.taps]
+        uses = read_uses(tapped, taken.taps, len(self.tasks), self.probes.device) if self.probes.grams else None
+        gradient = self.probes.block(taken.taps)
         scale = self._scale()
+        unscaled = gradient
         if scale is not None:
-            gradient /= scale
-        if world_size(self._group) > 1:
-            gradient, counts = self._reduce(gradient, counts)
-        valid = torch.isfinite(gradient).all()
-        valid = torch.zeros_like(valid) if vanished is None else valid & ~vanished
-        flags = [b.task_rows.wrong for b in ran if b.task_rows.wrong is not None]
-        wrong = torch.stack(flags).any().to(valid.device) if flags else None
+            gradient = gradient / scale
+        half = any(b.task_rows.half for b in ran)
+        limit = tolerances([p.param.dtype for p in probes], half, gradient.device)
+        flags = dict.fromkeys(REASONS, False)
+        flags["interrupted"] = self.probes.accumulation.interrupted
+        flags["cut short"] = taken.passes != self.probes.accumulation.count
+        flags["mixed"] = bool(taken.taps) and taken.first <= taken.gone
+        state = torch.tensor(list(flags.values()), device="cpu").to(gradient.device, non_blocking=True)
+        suspects = self._contradicted(probes, taken, limit, unscaled.dtype)
+        blamed = self._mask(p.name in taken.foreign or p.name not in taken.others for p in probes)
+        written = self._written(probes, taken, unscaled)
+        counts = self._counts(ran)
+        wrong = self._wrong(ran)
+        if ranks > 1:
+            gradient, written, counts, state, suspects, blamed, wrong = self._reduce(
+                gradient, written, counts, state, suspects, blamed, wrong
+            )
+        if written is not None:
+            gradient = gradient * self._spread(written != 0, any_column=True)  # zeroed in place since the last pass
+            apart = unlike(gradient, written, self.probes.widths(), limit)
+            alone = apart & blamed
+            few = (alone.sum() == 1) | (2 * alone.sum() < len(self.probes.live()))
+            suspects = suspects | (alone & few)
+            state[_AT["changed"]] |= (apart & ~suspects).any()
+            state[_AT["vanished"]] |= (written == 0).all()
+        elif not taken.taps:
+            state[_AT["vanished"]] = True
+        state[_AT["infinite"]] |= ~torch.isfinite(gradient).all()
+        left_out = self._judge(probes, suspects, taken, state)
+        if left_out is not None:
+            gradient[:, left_out] = 0
+        valid = ~state.any()
         if wrong is not None:
             valid = valid & ~wrong
-        total, gram = sum_gram(gradient) if uses is None else (gradient.sum(0), None)
-        half = any(b.task_rows.half for b in ran)
-        due = self._guard and (self.count < GUARD_FIRST or self.count % GUARD_EVERY == 0)
-        if uses is not None and (due or valid.device.type == "cpu"):
-            again = [p for p, twice in zip(uses.probes, uses.repeated.tolist(), strict=True) if twice]
-            self._leave_out(again, REUSED, gradient)
-        elif uses is not None:
-            valid = valid & ~uses.repeated.any()
-        if due and bool(valid) and self._sum_guard(gradient, total, half):
-            gram = None  # what was left out is in it
+        gram = None
+        if uses is not None:
+            self._leave_out_reused(uses.probes, uses.repeated, gradient)
+            if valid.device.type != "cpu" and not self._due:
+                valid = valid & ~uses.repeated.any()
+            gram = uses.gram({**self.probes.suspects, **self.probes.reasons}, scale)
         if gram is None:
-            gram = sum_gram(gradient)[1] if uses is None else uses.gram(self.probes.reasons, scale)
-        loss = None if counts.loss is None else (counts.loss / counts.weight)[:-1]
-        share = counts.share
-        reading = self.memory.read(gradient, share, self.theta)
-        self._open = _Open(reading, gradient, gram, share, counts.weight[:-1], counts.examples[:-1], loss, valid, wrong)
+            gram = sum_gram(gradient)[1]
+        reading = self.memory.read(gradient, counts.share, self.theta)
+        self._open = _Open(reading, gradient, gram, counts, state, valid, left_out, wrong)
+
+    def _mask(self, flags: object) -> Tensor:
+        """Flags of the probes on the device, bool [P]."""
+        return torch.tensor(list(flags), dtype=torch.bool, device="cpu").to(self.probes.device, non_blocking=True)  # type: ignore[call-overload]
+
+    def _contradicted(self, probes: Sequence[Probe], taken: _Collected, limit: Tensor, dtype: torch.dtype) -> Tensor:
+        """Parameters at which something else arrived than at their taps, bool [P]; none in a step without checks."""
+        if not taken.squares:
+            return torch.zeros(len(probes), dtype=torch.bool, device=self.probes.device)
+        none = torch.zeros(3, dtype=torch.float64, device=self.probes.device)
+        squares = torch.stack([taken.squares.get(p.name, none) for p in probes])
+        return differing(squares, limit, dtype)
+
+    def _written(self, probes: Sequence[Probe], taken: _Collected, unscaled: Tensor) -> Tensor | None:
+        """Sketch of ``param.grad`` [K] in float64: read where others wrote it, else what the taps add up to; ``None``
+        if nothing was read."""
+        if not taken.written and world_size(self._group) == 1:
+            return None
+        out: Tensor = unscaled.double().sum(0)
+        for probe in probes:
+            if probe.name in taken.written:
+                out[probe.columns] = taken.written[probe.name]
+        return out
+
+    def _wrong(self, ran: Sequence[Batch]) -> Tensor | None:
+        flags = [b.task_rows.wrong for b in ran if b.task_rows.wrong is not None]
+        return torch.stack(flags).any().to(self.probes.device) if flags else None
 
     def _counts(self, ran: Sequence[Batch]) -> _Counts:
         """What the step's batches add up to, on the device."""
         device = self.probes.device
-        weights, entered, examples, losses = [], [], [], []
-        for batch in ran:
-            kept = 1 if batch.kept is None else batch.kept
-            weights.append(batch.task_rows.weight.to(device, non_blocking=True) * kept)
-            entered.append(batch.task_rows.entered.to(device, non_blocking=True) * kept)
-            examples.append(batch.task_rows.examples.to(device, non_blocking=True) * kept)
-            if batch.task_losses is not None:
-                losses.append(batch.task_losses.to(device) * kept)
-        loss = torch.stack(losses).sum(0) if len(losses) == len(ran) else None
-        return _Counts(torch.stack(weights).sum(0), torch.stack(entered).sum(0), torch.stack(examples).sum(0), loss)
+        zero = torch.zeros(len(self.tasks) + 1, dtype=torch.float64, device=device)
 
-    def _reduce(self, gradient: Tensor, counts: _Counts) -> tuple[Tensor, _Counts]:
-        """Sums over ranks, gradients averaged as DistributedDataParallel does; what one rank left out, all leave
-        out."""
-        out = torch.tensor([float(n in self.probes.reasons) for n in self.probes.probes], device=gradient.device)
-        parts = [gradient, out, counts.weight, counts.entered, counts.examples]
-        if counts.loss is not None:
-            parts.append(counts.loss)
-        gradient, out, weight, entered, examples, *loss = all_reduce_flat(parts, self._group)
-        missing = [p for p, dropped in zip(self.probes.probes.values(), out.tolist(), strict=True) if dropped]
-        self._leave_out(missing, "left out on another rank", gradient)
-        return gradient / world_size(self._group), _Counts(weight, entered, examples, loss[0] if loss else None)
+        def total(parts: list[Tensor]) -> Tensor:
+            return torch.stack([zero, *(p.to(device, non_blocking=True) for p in parts)]).sum(0)
 
-    def _sum_guard(self, gradient: Tensor, total: Tensor, half: bool) -> bool:
-        """Drop parameters whose tasks do not add up to ``param.grad``; True if there were any."""
-        bad = gradients_disagree(self.probes.live(), gradient, total, half)
-        self._leave_out(bad, REASON, gradient)
-        return bool(bad)
+        losses = [b.task_losses for b in ran if b.task_losses is not None]
+        return _Counts(
+            weight=total([b.task_rows.weight for b in ran]),
+            mass=total([b.mass for b in ran]),
+            entered=total([b.entered for b in ran]),
+            examples=total([b.examples for b in ran]),
+            loss=total(losses),
+            given=torch.full((), len(losses) == len(ran), device=device),
+        )
 
-    def _leave_out(self, probes: Sequence[Probe], reason: str, gradient: Tensor) -> None:
-        """Drop parameters, also from this step's ``gradient`` [T + 1, K]."""
-        for probe in probes:
-            self.probes.drop(probe.name, reason)
-            gradient[:, probe.columns] = 0
+    def _judge(self, probes: Sequence[Probe], suspects: Tensor, taken: _Collected, state: Tensor) -> Tensor | None:
+        """Leave out the parameters that are contradicted: bool [K]. Where the host is not to wait for which, the step
+        is not valid."""
+        if suspects.device.type != "cpu" and not self.probes.accumulation.checking:
+            state[_AT["changed"]] |= suspects.any()
+            return None
+        out = self.probes.reasons
+        found = [p for p, bad in zip(probes, suspects.tolist(), strict=True) if bad and p.name not in out]
+        self.probes.acquit(taken.squares.keys() - {p.name for p in found})
+        for probe in self.probes.suspect(found, UNSEEN):
             self.memory.forget_columns(probe.columns)
+        return self.probes.columns_of(found)
+
+    def _leave_out_reused(self, probes: Sequence[Probe], repeated: Tensor, gradient: Tensor) -> None:
+        if repeated.device.type != "cpu" and not self._due:
+            return
+        for probe, twice in zip(probes, repeated.tolist(), strict=True):
+            if twice:
+                self.probes.drop(probe.name, REUSED)
+                gradient[:, probe.columns] = 0
+                self.memory.forget_columns(probe.columns)
+
+    def _reduce(
+        self,
+        gradient: Tensor,
+        written: Tensor | None,
+        counts: _Counts,
+        state: Tensor,
+        suspects: Tensor,
+        blamed: Tensor,
+        wrong: Tensor | None,
+    ) -> tuple[Tensor, Tensor, _Counts, Tensor, Tensor, Tensor, Tensor]:
+        """One packet of a size that nothing a rank did can change. Gradients are averaged, as DistributedDataParallel
+        averages them; what one rank left out, all leave out."""
+        assert written is not None
+        ranks, device = world_size(self._group), gradient.device
+        lost = self._mask(name in self.probes.reasons for name in self.probes.probes)
+        flag = torch.zeros((), dtype=torch.bool, device=device) if wrong is None else wrong
+        loss = torch.where(counts.given, counts.loss, 0.0)
+        parts = [gradient, written, counts.weight, counts.mass, counts.entered, counts.examples, loss]
+        parts += [~counts.given, state, suspects, blamed, lost, flag]
+        gradient, written, *rest = all_reduce_flat(parts, self._group)
+        weight, mass, entered, examples, loss, silent, state, suspects, blamed, lost, wrong = rest
+        kept = ~self._spread(lost)
+        if lost.device.type == "cpu" or self.probes.accumulation.checking:
+            for (name, probe), gone in zip(self.probes.probes.items(), lost.tolist(), strict=True):
+                if gone and name not in self.probes.reasons:
+                    self.probes.drop(name, "left out on another rank")
+                    self.memory.forget_columns(probe.columns)
+        counts = _Counts(weight, mass, entered, examples, loss, ~silent)
+        return gradient * kept / ranks, written * kept / ranks, counts, state, suspects, blamed, wrong
+
+    def _spread(self, flags: Tensor, any_column: bool = False) -> Tensor:
+        """Flags [P] on all columns of their parameters: bool [K]; of flags [K], whether any of a parameter's is set."""
+        widths = self.probes.widths()
+        if any_column:
+            flags = torch.segment_reduce(flags.double(), "max", lengths=widths, axis=0, unsafe=True, initial=0.0) > 0
+        return torch.repeat_interleave(flags, widths, output_size=self.probes.width)
 
     def _scale(self) -> Tensor | None:
         """What the loss was multiplied with, or ``None``."""
@@ -214,23 +369,27 @@ class Steps:
             scale = scale._scale if scale.is_enabled() else None
         return None if scale is None else scale.to(self.probes.device)
 
+    # -- after the step -----------------------------------------------------------------------------------------------
+
     def close(self) -> None:
-        """Second half: the parameters moved, the step enters the memory, its report is sent."""
+        """The parameters moved: the step enters the memory, its report is sent."""
         step, self._open = self._open, None
         before = self.theta
-        self.follow_parameters()
         if self.probe is not None:
             self.probe.after = self.probe.measure()
             self.probe = None
         if step is None:
             return
-        count = len(self.tasks)
-        seen = (step.weight > 0) & step.valid
+        self.theta = self.probes.theta()
+        counts = step.counts
+        tasks = len(self.tasks)
+        weight, share = counts.weight[:-1], counts.share
+        seen = (weight > 0) & step.valid
         self.count += 1
         self.gradient = step.gradient
-        if self.count == 1:
+        if self.count <= CHECK_FIRST or self._due:
             self.probes.warn_of_gaps()
-        if self.count == GUARD_FIRST and self._guard and not self.batches.verified:
+        if self.count == CHECK_FIRST and self._guard and not self.batches.verified:
             warnings.warn(
                 "taskgrad: the rows of the layers were not verified: no batch could tell, or the model was not called "
                 "as model(...) in eager mode; call tracker.verify(*inputs) inside tracker.batch(), or pass "
@@ -239,13 +398,16 @@ class Steps:
             )
         reading = step.reading
         cosine, others_cosine = cosines(step.gram)
-        predicted = self.memory.write(step.gradient, step.share, seen, before, self.theta, self.count)
+        predicted = self.memory.write(step.gradient, share, seen, before, self.theta, self.count, step.left_out)
         self.overwriting.add(reading.memory_dot, reading.own_effect, reading.others_effect, others_cosine, step.valid)
         values = {
             "valid": step.valid,
-            "examples": step.examples,
-            "tokens": step.weight,
-            "gram": step.gram[:count, :count],
+            "flags": step.flags,
+            "examples": counts.examples[:-1],
+            "tokens": weight,
+            "loss": (counts.loss / counts.mass)[:-1],
+            "given": counts.given,
+            "gram": step.gram[:tasks, :tasks],
             "cosine": cosine,
             "others_cosine": others_cosine,
             "norm": reading.norm,
@@ -257,11 +419,9 @@ class Steps:
             "curvature": reading.curvature,
             "predicted_effect": predicted,
             "steps_since_seen": self._since_seen(),
-            "block": step.gradient[:count],
+            "block": step.gradient[:tasks],
             **self.overwriting.read(),
         }
-        if step.loss is not None:
-            values["loss"] = step.loss
         if step.wrong is not None:
             values["wrong"] = step.wrong
         # an exact Gram has no sketching error
@@ -272,6 +432,9 @@ class Steps:
         last = self.memory.last_seen
         return torch.where(last >= 0, self.count - last, -1)
 
-    def nothing(self) -> StepReport:
+    def nothing(self, reason: str) -> StepReport:
         """The report of no step."""
-        return invalid_report(self.tasks, self.count, self._since_seen().cpu())
+        return invalid_report(self.tasks, self.count, self._since_seen().cpu(), reason)
+
+
+_AT = {name: index for index, name in enumerate(REASONS)}

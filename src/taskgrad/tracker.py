@@ -14,15 +14,16 @@ from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from .accumulation import in_backward
 from .batches import Batch, Batches
-from .closing import StepHooks, in_backward
+from .closing import StepHooks
 from .coverage import Coverage
 from .delivery import Mailbox
 from .probe import StepProbe
 from .probes import Probes
 from .reduce import world_size
 from .report import StepReport
-from .rows import Rows, check_loss_weight
+from .rows import Rows, check_ids, check_loss_weight, check_weight, check_weight_total
 from .steps import Steps
 from .verify import FirstCall, failing_sites
 
@@ -56,12 +57,6 @@ class TaskGradTracker:
         self._batches = Batches()
         width = None if mode == "exact" and accumulate else sketch_dim
         self._probes = Probes(model, self._batches, len(self.tasks), width, SKETCH_SEED, include, not accumulate)
-        if not self._probes.probes:
-            self._probes.remove()
-            raise ValueError(
-                "no trainable parameter of the model belongs to a layer kind that taskgrad knows: "
-                + "; ".join(f"{n}: {r}" for n, r in list(self._probes.reasons.items())[:5])
-            )
         self._steps = Steps(
             self.tasks,
             self._probes,
@@ -70,13 +65,21 @@ class TaskGradTracker:
             loss_scale=loss_scale,
             guard=verify,
             group=process_group,
+            by_hand=not optimizers,
         )
         self._removed = False
-        self._hooks = StepHooks(optimizers, self._steps.read, self._steps.close) if optimizers else None
+        self._hooks = StepHooks(optimizers, self._steps) if optimizers else None
         hook = FirstCall(self._verify_first)
         self._verify_hook = model.register_forward_pre_hook(hook, with_kwargs=True) if verify else None
 
-    def batch(self, ids: Tensor, weight: Tensor | None = None, *, loss_weight: Any = None) -> Batch:
+    def batch(
+        self,
+        ids: Tensor,
+        weight: Tensor | None = None,
+        *,
+        weight_total: float | Tensor | None = None,
+        loss_weight: Any = None,
+    ) -> Batch:
         """Attribute the rows of the forward pass inside the context to tasks.
 
         The ids bind at the forward: the backward may run anywhere before the optimizer step. With ids per example and a
@@ -91,6 +94,10 @@ class TaskGradTracker:
                 tokens it is the number of tokens counted, or mean gradients, signal and memory are wrong:
                 ``(labels != -100).sum(1)``, and ``(labels[:, 1:] != -100).sum(1)`` where the model shifts the labels
                 (transformers' causal models).
+            weight_total: what the loss divides the weighted sum of its rows by, where that is not their summed weight:
+                a count over the whole step, as transformers' Trainer has in ``num_items_in_batch``. Without it every
+                batch is a mean of its own and enters the step with the weight of any other, as in a loop that divides
+                by the number of micro-batches.
             loss_weight: [T] (tensor, array or sequence), what the loss multiplies every row of a task with before the
                 mean is taken, ``None`` for nothing; the mean still divides by the rows, or their ``weight``. It is
                 divided out of what is said about a task alone (``norm``, ``signal``, memory, effects), which is as if
@@ -106,23 +113,40 @@ class TaskGradTracker:
                             (factor[ids].to(per_example) * per_example).mean().backward()
 
         Raises:
-            TypeError, ValueError: ids, weight or loss_weight of the wrong dtype, shape or range.
+            TypeError, ValueError: ids, weight, weight_total or loss_weight of the wrong dtype, shape or range.
         """
         if self._removed:
             raise RuntimeError("this tracker was removed from the model; track() again")
+        check_ids(ids, len(self.tasks))
+        if ids.numel() == 0:
+            raise ValueError(f"ids must not be empty, got shape {tuple(ids.shape)}")
+        if weight is not None:
+            check_weight(weight, ids)
+        if weight_total is not None:
+            check_weight_total(weight_total)
         if loss_weight is not None:
             loss_weight = check_loss_weight(loss_weight, len(self.tasks))
-        rows = Rows(ids, len(self.tasks), self._probes.device, weight, loss_weight)
-        return Batch(rows, weight, self._enter, self._leave)
+        rows = self._rows(ids, weight, weight_total)
+        return Batch(rows, weight, loss_weight, self._enter, self._leave)
+
+    def _rows(self, ids: Tensor, weight: Tensor | None = None, total: float | Tensor | None = None) -> Rows:
+        return Rows(ids, len(self.tasks), self._probes.device, weight, total, self._probes.accumulation.arrive)
 
     def rows(self, ids: Tensor) -> AbstractContextManager[None]:
         """Inside a model's forward: the layers called here work on rows with these ids, int64 (N,) (gathered rows, as
-        in a mixture of experts); -1 is rest. Does nothing outside of ``batch``."""
-        return self._batches.regroup(lambda: Rows(ids, len(self.tasks), self._probes.device))
+        in a mixture of experts), N may be 0; -1 is rest. Does nothing outside of ``batch``."""
+
+        def make() -> Rows:
+            check_ids(ids, len(self.tasks))
+            return self._rows(ids)
+
+        return self._batches.regroup(make)
 
     def _enter(self, batch: Batch) -> None:
         if self._batches.active is not None:
             raise RuntimeError("tracker.batch() is open already; leave it before the next batch begins")
+        if self._hooks is not None:
+            self._hooks.cut_short()
         self._steps.begin()
         self._batches.enter(batch)
 
@@ -136,6 +160,7 @@ class TaskGradTracker:
             raise RuntimeError(
                 "this tracker was given the optimizer, whose step closes the step; do not call step() too"
             )
+        self._steps.collect(None)
         self._steps.read()
         self._steps.close()
 
@@ -145,7 +170,11 @@ class TaskGradTracker:
         Before the first step, and where the newest step was abandoned, the report is not ``valid``.
         """
         self._steps.abandon_if_vanished()
-        return self._steps.mail.newest(wait) or self._steps.nothing()
+        report = self._steps.mail.newest(wait)
+        if report is None:
+            return self._steps.nothing("no step has closed yet")
+        self._steps.silence.hear(report)
+        return report
 
     def task_gradients(self) -> dict[str, Tensor]:
         """Exact mode: every attributed parameter's gradient by task, [T + 1, *shape], of the last closed step; the last
@@ -226,7 +255,6 @@ class TaskGradTracker:
         self._batches.verified, self._steps.count = state["verified"], state["step"]
         self._steps.memory.load_state_dict(state["memory"])
         self._steps.overwriting.load_state_dict(state["windows"])
-        self._steps.follow_parameters()
         self._steps.mail = Mailbox()
 
     def remove(self) -> None:

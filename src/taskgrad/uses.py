@@ -5,6 +5,7 @@ The Gram of a sum is not the sum of Grams, so a parameter counts only where it i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,13 +43,9 @@ class Uses:
         return total if scale is None else total / scale.double() ** 2
 
 
-def read_uses(probes: list[Probe], num_tasks: int, device: torch.device) -> Uses:
-    """The Gram columns of the taps; ``probes`` are those that count."""
-    used, columns = [], []
-    for probe in probes:
-        if probe.tap.grad is not None:
-            used.append(probe)
-            columns.append(probe.tap.grad[:, probe.sketch.dim :].double())
+def read_uses(probes: list[Probe], taps: Mapping[str, Tensor], num_tasks: int, device: torch.device) -> Uses:
+    """The Gram columns of ``taps``, by the names of ``probes``."""
+    columns = [taps[probe.name][:, probe.sketch.dim :].double() for probe in probes]
     nothing = torch.zeros(num_tasks + 1, num_tasks + 1, dtype=torch.float64, device=device)
     uses = torch.stack([nothing[0, 0], *(c[0, -1] for c in columns)])[1:]
-    return Uses(used, [c[:, :-1] for c in columns], nothing, uses > 1)
+    return Uses(probes, [c[:, :-1] for c in columns], nothing, uses > 1)

@@ -13,45 +13,118 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..accumulation import Accumulation, Held
+from ..ops import sketch_params
 from ..rows import Rows
-from ..sketch import SketchMap, project, sketch_dim
+from ..sketch import SketchMap, project, scaled, sketch_dim
 
 
 class Unattributed(Exception):
     """Raised by ``Capture.forward`` where the rows of this call cannot be matched with the task ids; says why."""
 
 
+@dataclass
+class Arrived:
+    """What a pass brought to a parameter, sketched [dim], and to its tap [T + 1, dim]."""
+
+    param: Tensor | None = None
+    tap: Tensor | None = None
+
+
 class Probe:
     """One parameter's map, and the leaf whose gradient is the per-task sketch of the parameter's gradient; with
-    ``gram`` also the Gram of its one use."""
+    ``gram`` also the Gram of its one use.
+
+    Attributes:
+        stray: scalar leaf; a gradient arrives at it where a part of the parameter's gradient cannot be split.
+        shape: the parameter's shape as tracking began, which the sketch is for.
+        seen: the parameter had statistics in some step.
+        squares: [3] float64, of the passes that were checked: squared norms of the difference between the gradient and
+            the sum over tasks, of the tasks' parts, and of the gradient.
+    """
 
     def __init__(
-        self, name: str, param: nn.Parameter, sketch: SketchMap, num_tasks: int, column: int, gram: bool
+        self,
+        name: str,
+        param: nn.Parameter,
+        sketch: SketchMap,
+        num_tasks: int,
+        column: int,
+        gram: bool,
+        accumulation: Accumulation,
     ) -> None:
         self.name = name
         self.param = param
         self.sketch = sketch
         self.gram = gram
         self.columns = slice(column, column + sketch.dim)
+        self.shape = param.shape
         self.seen = False
-        self._make_tap(num_tasks)
+        self.held = Held()
+        self.arrived = Arrived()
+        self.squares: Tensor | None = None
+        self._accumulation = accumulation
+        self._handle = param.register_hook(self._before_param)
+        self._make_leaves(num_tasks)
 
-    def _make_tap(self, num_tasks: int) -> None:
+    def _make_leaves(self, num_tasks: int) -> None:
         dtype = torch.float64 if self.param.dtype == torch.float64 else torch.float32
         width = self.sketch.dim + (num_tasks + 2 if self.gram else 0)
-        self.tap = torch.zeros(num_tasks + 1, width, dtype=dtype, device=self.param.device, requires_grad=True)
+        device = self.param.device
+        self.tap = torch.zeros(num_tasks + 1, width, dtype=dtype, device=device, requires_grad=True)
+        self.tap.register_hook(self._before_tap)
+        self.stray = torch.zeros((), device=device, requires_grad=True)
+
+    def _before_param(self, gradient: Tensor) -> None:
+        self.held.param_pass = self._accumulation.arrive()
+        if self._accumulation.checking and gradient.layout is torch.strided:
+            self.arrived.param = self.sketch_of(gradient)
+
+    def _before_tap(self, gradient: Tensor) -> None:
+        self.held.tap_pass = self._accumulation.arrive()
+        if self._accumulation.checking:
+            self.arrived.tap = gradient[:, : self.sketch.dim].detach().clone()
+
+    def sketch_of(self, values: Tensor) -> Tensor:
+        """The sketch of ``values`` of the parameter's shape, [dim] in float64."""
+        values, sketch = values.detach(), self.sketch
+        if values.dim() < 2 or sketch.exact:
+            return sketch(values.double()[None])[0]
+        stats = sketch_params(values.flatten(1), sketch.left, sketch.right)
+        return scaled(stats[None], sketch.left, sketch.right)[0]
+
+    def compare(self) -> None:
+        """The pass is over: what it brought to the parameter against the sum of what it brought to the tap."""
+        brought, self.arrived = self.arrived, Arrived()
+        if brought.param is None:
+            return
+        tap = torch.zeros_like(brought.param)[None] if brought.tap is None else brought.tap.double()
+        squares = torch.stack([x.square().sum() for x in (brought.param - tap.sum(0), tap, brought.param)])
+        self.squares = squares if self.squares is None else self.squares + squares
+
+    def discard(self) -> None:
+        """Forget the statistics of the step."""
+        self.tap.grad = self.stray.grad = self.squares = None
+        self.arrived = Arrived()
 
     def follow(self) -> None:
         """Move to the parameter's device and dtype, where the model was moved after tracking began."""
         dtype = torch.float64 if self.param.dtype == torch.float64 else torch.float32
         if self.tap.device != self.param.device or self.tap.dtype != dtype:
             self.sketch = self.sketch.to(self.param.device)
-            self._make_tap(self.tap.shape[0] - 1)
+            self._make_leaves(self.tap.shape[0] - 1)
+
+    def remove(self) -> None:
+        """Take the hook off the parameter."""
+        self._handle.remove()
+        if not self.param._backward_hooks:
+            self.param._backward_hooks = None  # as before the first hook
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:

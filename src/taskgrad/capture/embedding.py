@@ -20,6 +20,7 @@ from .base import (
     tap_grad,
     wants_gram,
 )
+from .shared_row import shared_row
 
 
 class _Embedding(torch.autograd.Function):
@@ -46,12 +47,78 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_double_backward()
         index, order, offsets, receipt, left, right = ctx.saved_tensors
-        dy, index = dy.reshape(ctx.entries, -1, dy.shape[-1]), index.reshape(ctx.entries, -1)
-        rows = (dy, index, order, offsets, ctx.num_embeddings, ctx.padding_idx)
-        dw, stats = torch.ops.taskgrad.embedding_stats(*rows, left, right)
-        gram = torch.ops.taskgrad.embedding_gram(*rows) if ctx.gram else None
+        dw, tap = _gradients(ctx, dy, index, order, offsets, left, right)
         none = (None,) * 4
-        return None, dw, *none, receipt_grad(receipt), tap_grad(scaled(stats, left, right), gram), None, None
+        return None, dw, *none, receipt_grad(receipt), tap, None, None
+
+
+class _Row(torch.autograd.Function):
+    """The row itself: its gradient belongs to no example, and ``stray`` gets to know that there was one."""
+
+    @staticmethod
+    def forward(ctx: Any, index: Tensor, weight: Tensor, padding_idx: int, stray: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.padding_idx, ctx.num_embeddings = padding_idx, weight.shape[0]
+        return nn.functional.embedding(index, weight).detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        refuse_double_backward()
+        (index,) = ctx.saved_tensors
+        dw = torch.ops.aten.embedding_dense_backward(dy, index, ctx.num_embeddings, ctx.padding_idx, False)
+        return None, dw, None, torch.ones((), device=dy.device)
+
+
+class _Spread(torch.autograd.Function):
+    """The row once per example: [1, ...] as [B, ...], a view."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        row: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        padding_idx: int,
+        examples: int,
+        entries: int,
+        order: Tensor | None,
+        offsets: Tensor,
+        receipt: Tensor,
+        tap: Tensor,
+        left: Tensor | None,
+        right: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(index, order, offsets, receipt, left, right)
+        ctx.padding_idx, ctx.examples, ctx.entries = padding_idx, examples, entries
+        ctx.num_embeddings = weight.shape[0]
+        ctx.gram = wants_gram(tap, weight, left, right)
+        return row.detach().expand(examples, *row.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        refuse_double_backward()
+        index, order, offsets, receipt, left, right = ctx.saved_tensors
+        index = index.expand(ctx.examples, *index.shape[1:])
+        dw, tap = _gradients(ctx, dy, index, order, offsets, left, right)
+        none = (None,) * 5
+        return None, None, dw, *none, receipt_grad(receipt), tap, None, None
+
+
+def _gradients(
+    ctx: Any,
+    dy: Tensor,
+    index: Tensor,
+    order: Tensor | None,
+    offsets: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Of the weight and of the tap."""
+    dy, index = dy.reshape(ctx.entries, -1, dy.shape[-1]), index.reshape(ctx.entries, -1)
+    rows = (dy, index, order, offsets, ctx.num_embeddings, ctx.padding_idx)
+    dw, stats = torch.ops.taskgrad.embedding_stats(*rows, left, right)
+    gram = torch.ops.taskgrad.embedding_gram(*rows) if ctx.gram else None
+    return dw, tap_grad(scaled(stats, left, right), gram)
 
 
 @register_capture(nn.Embedding)
@@ -68,28 +135,17 @@ class EmbeddingCapture(Capture):
 
     def forward(self, module: nn.Module, rows: Rows, probes: Mapping[str, Probe], *args: Any, **kwargs: Any) -> Tensor:
         index = args[0] if args else kwargs["input"]
-        if not rows.match(index, 0):
-            index = broadcast_index(rows, index)
+        probe = probes["weight"]
         padding_idx = -1 if module.padding_idx is None else module.padding_idx
-        out = _Embedding.apply(
-            index,
-            module.weight,
-            padding_idx,
-            rows.entries,
-            rows.order,
-            rows.offsets,
-            rows.receipt,
-            *probes["weight"].tensors,
-        )
-        return out  # type: ignore[no-any-return]
-
-
-def broadcast_index(rows: Rows, index: Tensor) -> Tensor:
-    """[1, L] indices (GPT-2's and BERT's positions) as [B, L], so that the gradient of the output arrives per
-    example."""
-    if index.dim() >= 2 and index.shape[0] == 1 and rows.match(index.expand(rows.shape[0], *index.shape[1:]), 0):
-        return index.expand(rows.shape[0], *index.shape[1:])
-    raise Unattributed(
-        f"input of shape {tuple(index.shape)} neither starts with the shape of the ids, {rows.shape}, "
-        "nor is one row [1, ...] that is shared by all examples"
-    )
+        by_rows = (rows.entries, rows.order, rows.offsets, rows.receipt, *probe.tensors)
+        if rows.match(index, 0):
+            return _Embedding.apply(index, module.weight, padding_idx, *by_rows)  # type: ignore[no-any-return]
+        examples = rows.shape[0]
+        if index.dim() == 0 or index.shape[0] != 1 or not rows.match(index.expand(examples, *index.shape[1:]), 0):
+            raise Unattributed(
+                f"input of shape {tuple(index.shape)} neither starts with the shape of the ids, {rows.shape}, "
+                "nor is one row [1, ...] that is shared by all examples"
+            )
+        row = _Row.apply(index, module.weight, padding_idx, probe.stray)
+        where = (index, module.weight, padding_idx, examples)
+        return shared_row(row, examples, lambda: _Spread.apply(row.detach(), *where, *by_rows))

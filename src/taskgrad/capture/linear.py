@@ -48,8 +48,10 @@ class _Linear(torch.autograd.Function):
         b_left: Tensor | None,
         b_right: Tensor | None,
     ) -> Tensor:
-        kept = x if weight.requires_grad else None
-        ctx.save_for_backward(kept, weight, order, offsets, receipt, w_left, w_right, b_left, b_right)
+        # what is not needed is not kept: it may be written to before the backward pass, as without tracking
+        x_kept = x if weight.requires_grad else None
+        w_kept = weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x_kept, w_kept, order, offsets, receipt, w_left, w_right, b_left, b_right)
         ctx.transposed, ctx.entries = transposed, entries
         ctx.track_weight, ctx.track_bias = w_tap is not None, b_tap is not None
         ctx.w_gram = wants_gram(w_tap, weight, w_left, w_right)

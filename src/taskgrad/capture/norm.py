@@ -32,18 +32,17 @@ from .base import (
 
 def _grad_and_stats(
     sums: Tensor,
-    like: Tensor | None,
-    needed: bool,
+    shape: torch.Size,
+    dtype: torch.dtype,
     tracked: bool,
     gram: bool,
     left: Tensor | None,
     right: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """From the per-task gradients [T + 1, numel] of a parameter shaped like ``like``: its gradient and its sketches."""
-    if like is None or not needed:
-        return None, None
-    sums = sums.view(-1, *like.shape)
-    return sums.sum(0).to(like.dtype), tap_grad_of(sums, gram, left, right) if tracked else None
+) -> tuple[Tensor, Tensor | None]:
+    """From the per-task gradients [T + 1, numel] of a parameter of ``shape`` and ``dtype``: its gradient and its
+    sketches."""
+    sums = sums.view(-1, *shape)
+    return sums.sum(0).to(dtype), tap_grad_of(sums, gram, left, right) if tracked else None
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -85,8 +84,12 @@ class _LayerNorm(torch.autograd.Function):
         rows = (ctx.entries, -1, math.prod(ctx.shape))
         mean, rstd = (t.reshape(ctx.entries, -1).to(stat_dtype(x)) for t in (mean, rstd))
         gamma, beta = torch.ops.taskgrad.norm_segment_sum(dy.reshape(rows), x.reshape(rows), mean, rstd, order, offsets)
-        dw, w_stats = _grad_and_stats(gamma, weight, ctx.needs_input_grad[1], ctx.track_weight, ctx.w_gram, *maps[:2])
-        db, b_stats = _grad_and_stats(beta, bias, ctx.needs_input_grad[2], ctx.track_bias, ctx.b_gram, *maps[2:])
+        dw = db = w_stats = b_stats = None
+        like = (weight.shape, weight.dtype)
+        if ctx.needs_input_grad[1]:
+            dw, w_stats = _grad_and_stats(gamma, *like, ctx.track_weight, ctx.w_gram, *maps[:2])
+        if ctx.needs_input_grad[2]:
+            db, b_stats = _grad_and_stats(beta, *like, ctx.track_bias, ctx.b_gram, *maps[2:])
         none = (None,) * 5
         return dx, dw, db, *none, receipt_grad(receipt), w_stats, None, None, b_stats, None, None
 
@@ -111,10 +114,15 @@ class _RMSNorm(torch.autograd.Function):
     ) -> Tensor:
         wide = x.to(stat_dtype(x))
         rstd = torch.rsqrt(wide.square().mean(dims, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, rstd, order, offsets, receipt, left, right)
-        ctx.dims, ctx.entries = dims, entries
+        xhat = wide * rstd
+        if ctx.needs_input_grad[0]:
+            kept = (x, weight, rstd)
+        else:  # the input and the weight may be written to before the backward pass, as without tracking
+            kept = (xhat, None, torch.ones_like(rstd))
+        ctx.save_for_backward(*kept, order, offsets, receipt, left, right)
+        ctx.dims, ctx.entries, ctx.shape, ctx.dtype = dims, entries, weight.shape, weight.dtype
         ctx.gram = wants_gram(tap, weight, left, right)
-        return (wide * rstd * weight).to(x.dtype).detach()
+        return (xhat * weight).to(x.dtype).detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -124,10 +132,13 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             xhat, scaled = x.to(rstd.dtype) * rstd, dy.to(rstd.dtype) * weight
             dx = ((scaled - xhat * (scaled * xhat).mean(ctx.dims, keepdim=True)) * rstd).to(x.dtype)
-        rows = (ctx.entries, -1, weight.numel())
+        rows = (ctx.entries, -1, math.prod(ctx.shape))
         rstd = rstd.reshape(ctx.entries, -1)
-        gamma, _ = torch.ops.taskgrad.norm_segment_sum(dy.reshape(rows), x.reshape(rows), None, rstd, order, offsets)
-        dw, stats = _grad_and_stats(gamma, weight, True, True, ctx.gram, left, right)
+        dy = dy.to(torch.promote_types(dy.dtype, x.dtype))
+        gamma, _ = torch.ops.taskgrad.norm_segment_sum(
+            dy.reshape(rows), x.reshape(rows).to(dy.dtype), None, rstd, order, offsets
+        )
+        dw, stats = _grad_and_stats(gamma, ctx.shape, ctx.dtype, True, ctx.gram, left, right)
         none = (None,) * 5
         return dx, dw, *none, receipt_grad(receipt), stats, None, None
 
@@ -180,10 +191,10 @@ class _GroupNorm(torch.autograd.Function):
             xhat = (grouped - mean.view(n, ctx.groups, 1)) * rstd.view(n, ctx.groups, 1)
             values = (flat * xhat.view(n, channels, -1)).sum(2, dtype=stat_dtype(dy))
             gamma = torch.ops.taskgrad.segment_sum(values[:, None], order, offsets)
-            dw, w_stats = _grad_and_stats(gamma, weight, True, ctx.track_weight, ctx.w_gram, *maps[:2])
+            dw, w_stats = _grad_and_stats(gamma, weight.shape, weight.dtype, ctx.track_weight, ctx.w_gram, *maps[:2])
         if ctx.needs_input_grad[2]:
             beta = torch.ops.taskgrad.segment_sum(flat.sum(2, dtype=stat_dtype(dy))[:, None], order, offsets)
-            db, b_stats = _grad_and_stats(beta, weight, True, ctx.track_bias, ctx.b_gram, *maps[2:])
+            db, b_stats = _grad_and_stats(beta, weight.shape, weight.dtype, ctx.track_bias, ctx.b_gram, *maps[2:])
         none = (None,) * 4
         return dx, dw, db, *none, receipt_grad(receipt), w_stats, None, None, b_stats, None, None
 

@@ -1,0 +1,86 @@
+"""How a call of a tracked module reaches its site: by the identity of the module that is called.
+
+A function put on an instance would be carried along by ``copy.copy`` and by ``_replicate_for_data_parallel`` and then
+run with the weights of the module it was made for; it would also be pickled. So the class's ``forward`` is replaced
+while modules of the class are tracked, by a function that looks up the module it is called on: a tracked one goes to
+its site, any other runs the class's own. Nothing is written to an instance.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from .site import Site
+
+Forward = Callable[..., Any]
+
+_SITES: dict[int, weakref.ref[Site]] = {}  # by id(module); a site keeps its module alive
+_PLAIN: dict[type[nn.Module], Forward] = {}  # what the classes had before
+
+
+def site_of(module: nn.Module) -> Site | None:
+    """The site of this very module, not of one that it was copied from."""
+    found = _SITES.get(id(module))
+    return None if found is None else found()
+
+
+def plain_forward(module: nn.Module) -> Forward:
+    """The ``forward`` of the module's class, as it is where nothing is tracked: a function of the module."""
+    cls = _defining(type(module))
+    return _PLAIN.get(cls, cls.__dict__["forward"])  # type: ignore[no-any-return]
+
+
+def connect(site: Site) -> None:
+    """Calls of the site's module go through ``site.call`` from now on."""
+    cls = _defining(type(site.module))
+    if cls not in _PLAIN:
+        _PLAIN[cls] = cls.__dict__["forward"]
+        setattr(cls, "forward", _routed(_PLAIN[cls]))  # noqa: B010
+    key, sites = id(site.module), _SITES
+
+    def gone(site: weakref.ref[Site]) -> None:
+        if sites.get(key) is site:
+            del sites[key]
+
+    sites[key] = weakref.ref(site, gone)
+
+
+def disconnect(site: Site) -> None:
+    """The site's module is called as before; its class too, where no other module of it is tracked."""
+    if site_of(site.module) is not site:
+        return
+    del _SITES[id(site.module)]
+    cls = _defining(type(site.module))
+    tracked = [found() for found in list(_SITES.values())]
+    if cls in _PLAIN and not any(s is not None and isinstance(s.module, cls) for s in tracked):
+        plain = _PLAIN.pop(cls)
+        if getattr(cls.__dict__["forward"], "__wrapped__", None) is plain:  # nobody has put another one over ours
+            setattr(cls, "forward", plain)  # noqa: B010
+
+
+def _defining(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that ``forward`` comes from."""
+    return next(c for c in cls.__mro__ if "forward" in c.__dict__)
+
+
+def _routed(plain: Forward) -> Forward:
+    sites = _SITES
+
+    @functools.wraps(plain)
+    def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        found = sites.get(id(self))
+        site = None if found is None else found()
+        return plain(self, *args, **kwargs) if site is None else site.call(*args, **kwargs)
+
+    # torch.jit.script of a module of the class compiles the source of what is wrapped, with the globals of what it got
+    routed = types.FunctionType(
+        forward.__code__, plain.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    return functools.wraps(plain)(routed)

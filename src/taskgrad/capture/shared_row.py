@@ -1,0 +1,70 @@
+"""One row [1, ...] that all examples share, as GPT-2's and BERT's positions are.
+
+The model sees the tensor that it would see without tracking, one row. Where it adds that row to rows of the batch, and
+only there, the addition is given the row once per example instead (an expanded view, so the same sum), whose gradient
+arrives by example. All other uses go through the tensor itself, whose gradient cannot be split; it says so by arriving
+at the probe's ``stray`` leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ADDITIONS = {
+    torch.add,
+    torch.Tensor.add,
+    torch.Tensor.add_,
+    torch.Tensor.__add__,
+    torch.Tensor.__radd__,
+    torch.Tensor.__iadd__,
+}
+_CASTS = {torch.Tensor.to, torch.Tensor.contiguous}  # they return the tensor itself where there is nothing to do
+
+
+class SharedRow(torch.Tensor):
+    """A tensor [1, ...] that knows how to be one row per example, until anything but an addition is done with it."""
+
+    examples: int
+    spread: Callable[[], Tensor] | None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _ADDITIONS and len(args) == 2:
+            args = _spread(args[0], args[1]), _spread(args[1], args[0])
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs)
+            if not isinstance(out, Tensor):
+                return out
+            for x in args:
+                if isinstance(x, SharedRow):
+                    if func in _CASTS and not kwargs.get("copy") and out.dtype == x.dtype and out.device == x.device:
+                        return x
+                    x.spread = None  # it may have been written to, and its gradient now is more than the additions'
+        return out
+
+
+def shared_row(row: Tensor, examples: int, spread: Callable[[], Tensor]) -> SharedRow:
+    """``row`` [1, ...] as a ``SharedRow``; ``spread()`` is [examples, ...], the same row for each."""
+    out = row.as_subclass(SharedRow)
+    out.examples, out.spread = examples, spread
+    return out
+
+
+def plain_tensor(x: Any) -> Any:
+    """A ``SharedRow`` as the tensor it is; anything else as it is."""
+    return x.as_subclass(torch.Tensor) if isinstance(x, SharedRow) else x
+
+
+def _spread(x: Any, other: Any) -> Any:
+    """``x`` once per example where it is a shared row and ``other`` holds rows of the batch."""
+    if not isinstance(x, SharedRow) or not isinstance(other, Tensor) or isinstance(other, SharedRow):
+        return x
+    spread = getattr(x, "spread", None)
+    if spread is None or other.shape != (x.examples, *x.shape[1:]):
+        return x
+    return spread()
