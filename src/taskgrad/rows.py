@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -108,7 +108,18 @@ class Rows:
     def match(self, x: Tensor, feature_dims: int = 1) -> bool:
         """Whether the leading dimensions of ``x`` are those of the ids, with ``feature_dims`` more at least."""
         n = len(self.shape)
-        return x.dim() >= n + feature_dims and tuple(x.shape[:n]) == self.shape
+        return x.dim() >= n + feature_dims and equal_sizes(x.shape[:n], self.shape)
+
+
+def equal_sizes(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two shapes are the same; under ``torch.compile`` a size that depends on data equals none."""
+    if len(a) != len(b):
+        return False
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        return all(guard_or_false(x == y) for x, y in zip(a, b, strict=True))
+    return tuple(a) == tuple(b)
 
 
 def check_ids(ids: Tensor, num_tasks: int) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rows import equal_sizes
+
 _ADDITIONS = {
     torch.add,
     torch.Tensor.add,
@@ -26,9 +28,10 @@ _CASTS = {torch.Tensor.to, torch.Tensor.contiguous}  # they return the tensor it
 
 
 class SharedRow(torch.Tensor):
-    """A tensor [1, ...] that knows how to be one row per example, until anything but an addition is done with it."""
+    """A tensor [1, ...] that knows how to be one row per example, as long as nobody writes to it."""
 
     examples: int
+    written: int  # its version as it was made
     spread: Callable[[], Tensor] | None
 
     @classmethod
@@ -42,16 +45,22 @@ class SharedRow(torch.Tensor):
                 return out
             for x in args:
                 if isinstance(x, SharedRow):
-                    if func in _CASTS and not kwargs.get("copy") and out.dtype == x.dtype and out.device == x.device:
+                    if func in _CASTS and not kwargs.get("copy") and _alike(out, x):
                         return x
-                    x.spread = None  # it may have been written to, and its gradient now is more than the additions'
+                    if torch.compiler.is_compiling():
+                        x.spread = None  # versions are not traced: it may have been written to
         return out
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and a.stride() == b.stride()
 
 
 def shared_row(row: Tensor, examples: int, spread: Callable[[], Tensor]) -> SharedRow:
     """``row`` [1, ...] as a ``SharedRow``; ``spread()`` is [examples, ...], the same row for each."""
     out = row.as_subclass(SharedRow)
     out.examples, out.spread = examples, spread
+    out.written = 0 if torch.compiler.is_compiling() else out._version
     return out
 
 
@@ -65,6 +74,8 @@ def _spread(x: Any, other: Any) -> Any:
     if not isinstance(x, SharedRow) or not isinstance(other, Tensor) or isinstance(other, SharedRow):
         return x
     spread = getattr(x, "spread", None)
-    if spread is None or other.shape != (x.examples, *x.shape[1:]):
+    if not torch.compiler.is_compiling() and x._version != x.written:
+        return x
+    if spread is None or not equal_sizes(other.shape, (x.examples, *x.shape[1:])):
         return x
     return spread()
