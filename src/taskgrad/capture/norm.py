@@ -115,10 +115,8 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.to(stat_dtype(x))
         rstd = torch.rsqrt(wide.square().mean(dims, keepdim=True) + eps)
         xhat = wide * rstd
-        if ctx.needs_input_grad[0]:
-            kept = (x, weight, rstd)
-        else:  # the input and the weight may be written to before the backward pass, as without tracking
-            kept = (xhat, None, torch.ones_like(rstd))
+        # what is not needed is not kept: it may be written to before the backward pass, as without tracking
+        kept = (x, weight, rstd) if ctx.needs_input_grad[0] else (xhat, None, torch.ones_like(rstd))
         ctx.save_for_backward(*kept, order, offsets, receipt, left, right)
         ctx.dims, ctx.entries, ctx.shape, ctx.dtype = dims, entries, weight.shape, weight.dtype
         ctx.gram = wants_gram(tap, weight, left, right)
