@@ -22,6 +22,7 @@ from tests.utils.steps import CASES, TASKS, Case, case_id, make_case
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'", "ignore:.*recompilation|.*lru_cache")
 
 NO_GRAPH = ("lstm", "gru")  # Dynamo breaks the graph there, tracked or not
+COMPILED = [(a, kind) for a, kind in CASES if a.compiles and kind == "example" and a.name not in NO_GRAPH]
 
 Seen = list[tuple[str, list[Any]]]
 Setting = Callable[[nn.Module, Case], Tensor]

@@ -200,11 +200,16 @@ def find_capture(module: nn.Module) -> Capture | None:
     return None
 
 
+def shape_text(x: Tensor) -> str:
+    """The shape of ``x`` for messages; sizes that depend on data cannot be printed while they are traced."""
+    return "another shape" if torch.compiler.is_compiling() else f"shape {tuple(x.shape)}"
+
+
 def rows_of(rows: Rows, x: Tensor, feature_dims: int = 1) -> int:
     """Number of ids E if ``x`` [*ids.shape, ..., features] has a row block for each of them; raises Unattributed
     else."""
     if not rows.match(x, feature_dims):
-        raise Unattributed(f"input of shape {tuple(x.shape)} does not start with the shape of the ids, {rows.shape}")
+        raise Unattributed(f"input of {shape_text(x)} does not start with the shape of the ids, {rows.shape}")
     return rows.entries
 
 

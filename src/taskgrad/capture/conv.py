@@ -21,6 +21,7 @@ from .base import (
     refuse_double_backward,
     register_capture,
     rows_of,
+    shape_text,
     tap_grad_of,
     wants_gram,
 )
@@ -93,7 +94,7 @@ class ConvCapture(Capture):
         x = args[0] if args else kwargs["input"]
         if x.dim() != len(module.kernel_size) + 2 or len(rows.shape) != 1:
             raise Unattributed(
-                f"a convolution needs a batched input and one id per example, got an input of shape {tuple(x.shape)} "
+                f"a convolution needs a batched input and one id per example, got an input of {shape_text(x)} "
                 f"and ids of shape {rows.shape}"
             )
         rows_of(rows, x)

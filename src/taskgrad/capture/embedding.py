@@ -17,6 +17,7 @@ from .base import (
     receipt_grad,
     refuse_double_backward,
     register_capture,
+    shape_text,
     tap_grad,
     wants_gram,
 )
@@ -143,7 +144,7 @@ class EmbeddingCapture(Capture):
         examples = rows.shape[0]
         if index.dim() == 0 or index.shape[0] != 1 or not rows.match(index.expand(examples, *index.shape[1:]), 0):
             raise Unattributed(
-                f"input of shape {tuple(index.shape)} neither starts with the shape of the ids, {rows.shape}, "
+                f"input of {shape_text(index)} neither starts with the shape of the ids, {rows.shape}, "
                 "nor is one row [1, ...] that is shared by all examples"
             )
         row = _Row.apply(index, module.weight, padding_idx, probe.stray)
