@@ -239,7 +239,7 @@ class Probes:
         """Which of the K columns belong to ``probes``, bool [K]; ``None`` for none."""
         if not probes:
             return None
-        mask = torch.zeros(self.width, dtype=torch.bool)
+        mask = torch.zeros(self.width, dtype=torch.bool, device="cpu")
         for probe in probes:
             mask[probe.columns] = True
         return mask.to(self.device)

@@ -86,10 +86,10 @@ def sketch_map(shape: torch.Size | tuple[int, ...], sketch_dim: int | None, seed
     numel = math.prod(shape)
     if sketch_dim is None or numel <= sketch_dim:
         return SketchMap(shape, numel)
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    generator = torch.Generator(device="cpu").manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     if len(shape) == 1:
         width = -(-numel // sketch_dim)
-        order = torch.randperm(sketch_dim * width, generator=generator)
+        order = torch.randperm(sketch_dim * width, generator=generator, device="cpu")
         buckets = order.clamp_(max=numel).view(sketch_dim, width)
         return SketchMap(shape, sketch_dim, buckets, _random_signs(numel, generator))
     d0, d1 = shape[0], numel // shape[0]
@@ -101,14 +101,14 @@ def sketch_map(shape: torch.Size | tuple[int, ...], sketch_dim: int | None, seed
 
 
 def _random_signs(n: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, (n,), generator=generator).mul_(2).sub_(1).float()
+    return torch.randint(0, 2, (n,), generator=generator, device="cpu").mul_(2).sub_(1).float()
 
 
 def _hadamard(d: int, r: int, generator: torch.Generator) -> Tensor:
     """r columns, drawn without replacement, of a Hadamard matrix with d randomly signed rows: [d, r], ±1."""
     bits = max(1, (d - 1).bit_length())
-    columns = torch.randperm(1 << bits, generator=generator)[:r]
-    both = torch.arange(d)[:, None] & columns[None, :]
+    columns = torch.randperm(1 << bits, generator=generator, device="cpu")[:r]
+    both = torch.arange(d, device="cpu")[:, None] & columns[None, :]
     parity = torch.zeros_like(both)
     for bit in range(bits):
         parity ^= (both >> bit) & 1

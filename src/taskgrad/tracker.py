@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -57,20 +57,24 @@ class TaskGradTracker:
         self._batches = Batches()
         width = None if mode == "exact" and accumulate else sketch_dim
         self._probes = Probes(model, self._batches, len(self.tasks), width, SKETCH_SEED, include, not accumulate)
-        self._steps = Steps(
-            self.tasks,
-            self._probes,
-            self._batches,
-            memory_decay=memory_decay,
-            loss_scale=loss_scale,
-            guard=verify,
-            group=process_group,
-            by_hand=not optimizers,
-        )
-        self._removed = False
-        self._hooks = StepHooks(optimizers, self._steps) if optimizers else None
-        hook = FirstCall(self._verify_first)
-        self._verify_hook = model.register_forward_pre_hook(hook, with_kwargs=True) if verify else None
+        try:
+            self._steps = Steps(
+                self.tasks,
+                self._probes,
+                self._batches,
+                memory_decay=memory_decay,
+                loss_scale=loss_scale,
+                guard=verify,
+                group=process_group,
+                by_hand=not optimizers,
+            )
+            self._removed = False
+            self._hooks = StepHooks(optimizers, self._steps) if optimizers else None
+            hook = FirstCall(self._verify_first)
+            self._verify_hook = model.register_forward_pre_hook(hook, with_kwargs=True) if verify else None
+        except BaseException:
+            self._probes.remove()  # a tracker that was not made leaves nothing behind
+            raise
 
     def batch(
         self,
@@ -330,10 +334,8 @@ def track(
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("model has no trainable parameters: every requires_grad is False")
-    optimizers = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-    for o in optimizers:
-        if not isinstance(o, Optimizer):
-            raise TypeError(f"optimizer must be a torch Optimizer or a sequence of them, got {type(o).__name__}")
+    _refuse_sharded(model, trainable)
+    for o in (optimizers := _optimizers(optimizer)):
         held = {id(p) for group in o.param_groups for p in group["params"]}
         if held.isdisjoint(id(p) for p in trainable):
             raise ValueError("optimizer holds none of the model's trainable parameters; pass the one that trains it")
@@ -358,6 +360,40 @@ def track(
         include=include,
         accumulate=accumulate,
     )
+
+
+def _optimizers(given: Any) -> list[Optimizer]:
+    """One optimizer, several or none as a list, without the wrappers of frameworks (AcceleratedOptimizer), whose steps
+    may be skipped."""
+    if given is None:
+        return []
+    if isinstance(given, Optimizer) or not isinstance(given, Iterable):
+        given = [given]
+    found: list[Optimizer] = []
+    for o in given:
+        while isinstance(inner := getattr(o, "optimizer", None), Optimizer):
+            o = inner
+        if not isinstance(o, Optimizer):
+            raise TypeError(f"optimizer must be a torch Optimizer or a sequence of them, got {type(o).__name__}")
+        if all(o is not other for other in found):
+            found.append(o)
+    return found
+
+
+def _refuse_sharded(model: nn.Module, params: Sequence[nn.Parameter]) -> None:
+    """Raise ValueError for what spreads a parameter, or the model, over several devices."""
+    for name, module in model.named_modules():
+        if any(c.__name__ == "FullyShardedDataParallel" for c in type(module).__mro__):
+            raise ValueError(
+                f"{name or 'the model'} is wrapped in FullyShardedDataParallel (FSDP1), which is not supported; "
+                "use DistributedDataParallel"
+            )
+    devices = {str(p.device) for p in params}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the trainable parameters are on several devices ({', '.join(sorted(devices))}), which is not supported: "
+            "put the model on one device per process"
+        )
 
 
 def _check_memory(params: Sequence[nn.Parameter], tasks: int) -> None:
