@@ -135,7 +135,7 @@ class Steps:
         """Statistics whose gradients were zeroed before a step: the step will not come."""
         ran = [b for b in self.batches.pending if b.task_rows.backward]
         self.probes.accumulation.settle()
-        if ran and not self.probes.dirty:
+        if ran and not self.probes.dirty and not self._collected.names:
             self.batches.pending = [b for b in self.batches.pending if not b.task_rows.backward]
             self.mail.put(self.nothing(REASONS["vanished"]))
 
@@ -160,7 +160,6 @@ class Steps:
             taken.names.add(probe.name)
             if probe.name not in self.probes.reasons:
                 if probe.tap.grad is not None:
-                    probe.seen = True
                     taken.taps[probe.name] = probe.tap.grad
                     taken.first, taken.gone = min(taken.first, held.first), max(taken.gone, held.gone)
                 if grad is not None and (held.written or held.foreign or read):
@@ -201,6 +200,8 @@ class Steps:
         if not ran and ranks == 1:
             if not self.probes.live():  # an old report would look like news
                 self.mail.put(self.nothing("every parameter was left out, see tracker.coverage()"))
+            elif self.probes.accumulation.interrupted:
+                self.mail.put(self.nothing(REASONS["interrupted"]))
             elif entered and taken.written:
                 self.mail.put(self.nothing(REASONS["unreached"]))
             return

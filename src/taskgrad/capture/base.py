@@ -88,6 +88,7 @@ class Probe:
 
     def _before_tap(self, gradient: Tensor) -> None:
         self.held.tap_pass = self._accumulation.arrive()
+        self.seen = True
         if self._accumulation.checking:
             self.arrived.tap = gradient[:, : self.sketch.dim].detach().clone()
 
@@ -102,9 +103,9 @@ class Probe:
     def compare(self) -> None:
         """The pass is over: what it brought to the parameter against the sum of what it brought to the tap."""
         brought, self.arrived = self.arrived, Arrived()
-        if brought.param is None:
+        if brought.param is None or brought.tap is None:  # a pass that is not tracked is compared at the step
             return
-        tap = torch.zeros_like(brought.param)[None] if brought.tap is None else brought.tap.double()
+        tap = brought.tap.double()
         squares = torch.stack([x.square().sum() for x in (brought.param - tap.sum(0), tap, brought.param)])
         self.squares = squares if self.squares is None else self.squares + squares
 
