@@ -158,3 +158,4 @@ class Batches:
             self._regrouped = before
             if current is not None:
                 current.half |= regrouped.half
+                current.fitted |= regrouped.fitted

@@ -189,9 +189,20 @@ class Probes:
                 f"taskgrad: left out of every number, see tracker.coverage(): {'; '.join(said)}", stacklevel=2
             )
 
+    def forgive(self) -> str | None:
+        """Take back what layers said of ids that fitted none of them: that says something of the ids. The first of
+        what they said, or ``None``."""
+        said = None
+        for site in self.sites:
+            if site.unfit is not None:
+                said, site.unfit = said or f"{site.name}: {site.unfit}", None
+        return said
+
     def collect_reasons(self) -> list[Probe]:
         """Drop the parameters of modules that saw rows which are not the batch's; the newly dropped."""
         dropped = []
+        for site in self.sites:
+            site.reason, site.unfit = site.reason or site.unfit, None
         found = [(p, f"{site.name}: {site.reason}") for site in self.sites if site.reason for p in site.probes.values()]
         found += [(p, STRAY) for p in self.probes.values() if p.stray.grad is not None]
         missing = {p.name: reason for p, reason in found if p.name not in self.reasons}

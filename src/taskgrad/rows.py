@@ -29,6 +29,7 @@ class Rows:
         backward: number of the last backward pass that ran through this batch; 0 before the first.
         receipt: scalar leaf that every captured layer takes as an input; its gradient arriving tells of the pass.
         half: a captured layer ran in bfloat16 or float16.
+        fitted: some captured layer had rows of these ids.
         hidden: a tracked layer was called without gradients, as under reentrant checkpointing, which runs it again.
     """
 
@@ -74,6 +75,7 @@ class Rows:
             self.total = torch.as_tensor(weight_total, dtype=torch.float64, device=ids.device).detach()
         self.backward = 0
         self.half = False
+        self.fitted = False
         self.hidden = False
         self._arrive = arrive
         self._receipt: Tensor | None = torch.zeros((), device=device, requires_grad=True)

@@ -43,6 +43,14 @@ class Silence:
             "remove_unused_columns=False)",
         )
 
+    def misfit(self, shape: tuple[int, ...], said: str) -> None:
+        """Ids that fitted no layer."""
+        self._say(
+            "misfit",
+            f"ids of shape {shape} fit no layer, so the step is not measured ({said}); pass one id for each row of "
+            "what the model is run on (of a batch of pairs: torch.cat([ids, ids]) or ids.repeat_interleave(2))",
+        )
+
     def hear(self, report: StepReport) -> None:
         """A report that is handed out."""
         if report is self._last:

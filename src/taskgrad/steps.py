@@ -104,6 +104,7 @@ class Steps:
         self.mail = Mailbox()
         self.silence = Silence()
         self.theta = probes.theta()
+        self.misfit: str | None = None  # what a layer said of ids that fitted none
         self._loss_scale, self._guard, self._group, self._by_hand = loss_scale, guard, group, by_hand
         self._collected = _Collected()
         self._open: _Open | None = None
@@ -127,7 +128,13 @@ class Steps:
         return self.count < CHECK_FIRST or self.count % CHECK_EVERY == 0
 
     def drop_unattributed(self) -> None:
-        """Parameters whose rows turned out not to be the batch's leave the memory too."""
+        """Parameters whose rows turned out not to be the batch's leave the memory too; where no layer had rows of
+        any of the step's ids, that says something of the ids."""
+        if self.batches.pending and not any(b.task_rows.fitted for b in self.batches.pending):
+            said = self.probes.forgive()
+            if said is not None:
+                self.misfit = said
+                self.silence.misfit(self.batches.pending[-1].task_rows.shape, said)
         for probe in self.probes.collect_reasons():
             self.memory.forget_columns(probe.columns)
 
@@ -191,6 +198,7 @@ class Steps:
         taken, self._collected = self._collected, _Collected()
         ran = [b for b in self.batches.pending if b.task_rows.backward > taken.gone]
         entered = bool(self.batches.pending)
+        misfit, self.misfit = self.misfit is not None, None
         self.batches.pending.clear()
         if self.probes.grams and len(ran) > 1:
             raise RuntimeError(SECOND_BATCH)
@@ -200,6 +208,8 @@ class Steps:
         if not ran and ranks == 1:
             if not self.probes.live():  # an old report would look like news
                 self.mail.put(self.nothing("every parameter was left out, see tracker.coverage()"))
+            elif misfit:
+                self.mail.put(self.nothing(REASONS["misfit"]))
             elif self.probes.accumulation.interrupted:
                 self.mail.put(self.nothing(REASONS["interrupted"]))
             elif entered and taken.written:
@@ -218,6 +228,7 @@ class Steps:
         half = any(b.task_rows.half for b in ran)
         limit = tolerances([p.param.dtype for p in probes], half, gradient.device)
         flags = dict.fromkeys(REASONS, False)
+        flags["misfit"] = misfit
         flags["interrupted"] = self.probes.accumulation.interrupted
         flags["cut short"] = taken.passes != self.probes.accumulation.count
         flags["mixed"] = bool(taken.taps) and taken.first <= taken.gone
@@ -341,17 +352,19 @@ class Steps:
         assert written is not None
         ranks, device = world_size(self._group), gradient.device
         lost = self._mask(name in self.probes.reasons for name in self.probes.probes)
+        seen = self._mask(p.seen for p in self.probes.probes.values())
         flag = torch.zeros((), dtype=torch.bool, device=device) if wrong is None else wrong
         loss = torch.where(counts.given, counts.loss, 0.0)
         parts = [gradient, written, counts.weight, counts.mass, counts.entered, counts.examples, loss]
-        parts += [~counts.given, state, suspects, blamed, lost, flag]
+        parts += [~counts.given, state, suspects, blamed, lost, seen, flag]
         gradient, written, *rest = all_reduce_flat(parts, self._group)
-        weight, mass, entered, examples, loss, silent, state, suspects, blamed, lost, wrong = rest
+        weight, mass, entered, examples, loss, silent, state, suspects, blamed, lost, seen, wrong = rest
         kept = ~self._spread(lost)
         if lost.device.type == "cpu" or self.probes.accumulation.checking:
-            for (name, probe), gone in zip(self.probes.probes.items(), lost.tolist(), strict=True):
-                if gone and name not in self.probes.reasons:
-                    self.probes.drop(name, "left out on another rank")
+            out = zip(self.probes.probes.values(), lost.tolist(), seen.tolist(), strict=True)
+            for probe, gone, probe.seen in out:
+                if gone and probe.name not in self.probes.reasons:
+                    self.probes.drop(probe.name, "left out on another rank")
                     self.memory.forget_columns(probe.columns)
         counts = _Counts(weight, mass, entered, examples, loss, ~silent)
         return gradient * kept / ranks, written * kept / ranks, counts, state, suspects, blamed, wrong

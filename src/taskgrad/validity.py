@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 # in the order in which they are said: the first that holds explains the others
 REASONS = {
+    "misfit": "the ids of a batch fitted no layer: they must be one per row of what the model is run on",
     "interrupted": "a backward pass was left by an exception and its gradients were not zeroed; call zero_grad() then",
     "cut short": (
         "an optimizer stepped and another one did not before the next batch, so that there was no one gradient that "

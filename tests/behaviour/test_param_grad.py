@@ -1,4 +1,4 @@
-"""The statistics follow ``param.grad``: a valid report is of exactly what is in it at the step, else it says why not."""
+"""The statistics follow ``param.grad``: a valid report is of exactly what is in it at the step, else it says why."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def passes(model: nn.Module, tracker: tg.TaskGradTracker, ids: Tensor = IDS) -> 
         loss_of(model).backward()
 
 
-def assert_follows(model: nn.Module, tracker: tg.TaskGradTracker, grads: dict[str, Tensor], factor: float = 1.0) -> None:
+def assert_follows(
+    model: nn.Module, tracker: tg.TaskGradTracker, grads: dict[str, Tensor], factor: float = 1.0
+) -> None:
     """The report is valid and its parts add up to the gradient that the optimizer took."""
     report = tracker.report()
     assert report.valid, report.reason
@@ -73,7 +75,9 @@ def test_zeroed_between_forward_and_backward_and_a_step_skipped(set_to_none: boo
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-@pytest.mark.parametrize("where", ["before the forward", "between", "after the step", "inside the batch after the step"])
+@pytest.mark.parametrize(
+    "where", ["before the forward", "between", "after the step", "inside the batch after the step"]
+)
 def test_zeroed_anywhere(where: str, set_to_none: bool) -> None:
     model, optimizer, tracker = make()
     for _ in range(5):

@@ -37,6 +37,7 @@ class Site:
         self.owner = owner
         self.probes: Mapping[str, Probe] = {}
         self.reason: str | None = None
+        self.unfit: str | None = None  # what a call said of the ids, until the batch is over
         connect(self)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -50,9 +51,11 @@ class Site:
             return self.plain(*args, **kwargs)
         try:
             refuse_layouts(args, kwargs)
-            return self.capture.forward(self.module, rows, self.probes, *args, **kwargs)
+            out = self.capture.forward(self.module, rows, self.probes, *args, **kwargs)
+            rows.fitted = True
+            return out
         except Unattributed as error:
-            self.reason = str(error)  # takes effect between steps: a recomputation must do as this call does
+            self.unfit = str(error)  # takes effect between steps: a recomputation must do as this call does
             return self.plain(*args, **kwargs)
 
     def plain(self, *args: Any, **kwargs: Any) -> Tensor:
