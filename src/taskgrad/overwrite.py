@@ -95,11 +95,3 @@ class Overwriting:
             "others_cosine_mean": self.cosine.mean[0],
             "others_cosine_std": spread.clamp(min=0).sqrt(),
         }
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name).sums.clone() for name in ("pull", "kept", "cosine")}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, sums in state.items():
-            window = getattr(self, name)
-            window.sums = sums.to(window.sums).clone()

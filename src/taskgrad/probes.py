@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ._text import printable
 from .capture import Probe, find_capture, register_transformers
 from .capture.site import Owner, Site, replaced_forward
 from .coverage import Coverage
@@ -64,6 +65,7 @@ class Probes:
                     strangers.setdefault(name, rule)
         # a parameter may also hang on a container that never uses it; the sum guard finds out if it does
         self.reasons.update({n: r for n, r in strangers.items() if n not in claimed and n not in self.reasons})
+        self.unfit = dict(self.reasons)  # what no step can change
         self._flags: tuple[bool, ...] = ()
         self._stale = True
         self.refresh(between_steps=True)
@@ -101,10 +103,36 @@ class Probes:
         assert param is not None
         name = self.names[id(param)]
         if name not in self.probes:
-            sketch = sketch_map(param.shape, self.sketch_dim, self.seed, name).to(param.device)
-            self.probes[name] = Probe(name, param, sketch, self.num_tasks, self.width, self.grams)
-            self.width += sketch.dim
+            probe = self.make(name)
+            self._append(probe)
         return self.probes[name]
+
+    def make(self, name: str) -> Probe:
+        """A probe of parameter ``name`` that has no place among the columns yet."""
+        param = self.params[name]
+        sketch = sketch_map(param.shape, self.sketch_dim, self.seed, name).to(param.device)
+        return Probe(name, param, sketch, self.num_tasks, 0, self.grams)
+
+    def _append(self, probe: Probe) -> None:
+        probe.columns = slice(self.width, self.width + probe.sketch.dim)
+        self.probes[probe.name] = probe
+        self.width += probe.sketch.dim
+
+    def adopt(self, probes: Sequence[Probe], seen: Sequence[bool], left_out: Mapping[str, str]) -> None:
+        """Lay the columns out as ``probes`` are ordered, those of other parameters after them, and leave out what
+        ``left_out`` names and what no tracker could take. Statistics under way are dropped."""
+        others = [p for name, p in self.probes.items() if name not in {p.name for p in probes}]
+        self.probes, self.width = {}, 0
+        for probe, used in zip([*probes, *others], [*seen, *(False for _ in others)], strict=True):
+            probe.seen = used
+            self._append(probe)
+        self.reasons = {**left_out, **self.unfit}
+        for site in self.sites:
+            site.reason = None
+        self._flags = ()  # the sites' probes are looked up anew before the next batch
+        self.discard()
+        for probe in self.probes.values():
+            probe.follow()
 
     def live(self) -> list[Probe]:
         """The probes that count: not left out, and not frozen."""
@@ -115,18 +143,19 @@ class Probes:
         if name not in self.reasons:
             self.reasons[name] = reason
             self._stale = True
-            self._warn({name: reason})
+            self.warn({name: reason})
 
     def warn_of_gaps(self) -> None:
         """Name, after the first step, the trainable parameters that no number covers and that ``include`` did not
         leave out."""
         missing = self.coverage(verified=False).unattributed
-        self._warn({n: r for n, r in missing.items() if n not in self._warned and not r.endswith(LEFT_OUT)})
+        self.warn({n: r for n, r in missing.items() if n not in self._warned and not r.endswith(LEFT_OUT)})
 
-    def _warn(self, missing: dict[str, str]) -> None:
+    def warn(self, missing: Mapping[str, str]) -> None:
+        """Name parameters that no number covers, with the reasons."""
         self._warned.update(missing)
         if missing:
-            names = "; ".join(f"{n} ({r})" for n, r in missing.items())
+            names = printable("; ".join(f"{n} ({r})" for n, r in missing.items()))
             warnings.warn(f"taskgrad: left out of every number, see tracker.coverage(): {names}", stacklevel=2)
 
     def collect_reasons(self) -> list[Probe]:

@@ -91,6 +91,14 @@ class Steps:
         """Take the parameters as they stand now."""
         self.theta, self._versions = self.probes.theta(), self.probes.versions()
 
+    def restart(self, count: int) -> None:
+        """Go on after step ``count`` with the memory and the columns that were just put in place."""
+        self.count = count
+        self.gradient, self._open, self.mail = None, None, Mailbox()
+        self.follow_parameters()
+        if self.probes.width > self.memory.ema.shape[1]:
+            self.memory.widen(self.theta)
+
     def begin(self) -> None:
         """Before a batch: a step that did not come is given up, parameters that changed since are noticed."""
         self.abandon_if_vanished()
