@@ -11,6 +11,7 @@ import hashlib
 import json
 import operator
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,10 @@ def save_checkpoint(
         ValueError: a negative step, or tracker and sampler of different tasks.
         OSError: the file cannot be written; IsADirectoryError, FileNotFoundError for a missing folder.
     """
+    if isinstance(step, bool) or not hasattr(step, "__index__"):
+        raise TypeError(f"step must be an int, the number of steps taken, got {step!r}")
     stamp = operator.index(step)
-    if stamp < 0 or isinstance(step, bool):
+    if not 0 <= stamp < 1 << 62:
         raise ValueError(f"step must be the number of steps taken, at least 0, got {step!r}")
     _check_pair(tracker, sampler)
     target = _file_path(path)
@@ -150,8 +153,8 @@ def _read(source: Path) -> tuple[int, dict[str, dict[str, Any]]]:
                 raise ValueError(f"{str(source)!r} is a safetensors file of something else, not by save_checkpoint")
             if header.get("version") != VERSION:
                 raise ValueError(
-                    f"{str(source)!r} is a checkpoint of version {header.get('version')!r}, this taskgrad reads version "
-                    f"{VERSION}: use the taskgrad that saved it, or a newer one"
+                    f"{str(source)!r} is a checkpoint of version {header.get('version')!r}, this taskgrad reads "
+                    f"version {VERSION}: use the taskgrad that saved it, or a newer one"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
@@ -162,7 +165,11 @@ def _read(source: Path) -> tuple[int, dict[str, dict[str, Any]]]:
         if data is not None:
             encoded[name] = data.reshape(-1).view(torch.uint8).numpy().tobytes()
     step = header.get("step", "")
-    if "tracker" not in encoded or not step.isdecimal() or header.get("digest") != _digest(int(step), encoded):
+    if (
+        "tracker" not in encoded
+        or not re.fullmatch("[0-9]{1,19}", step)
+        or header.get("digest") != _digest(int(step), encoded)
+    ):
         raise ValueError(damaged)
     parts = {name: json.loads(data) for name, data in encoded.items()}
     stamps = {name: part["step"] for name, part in parts.items()}

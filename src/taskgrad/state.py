@@ -143,28 +143,40 @@ def check_state(tracker: TaskGradTracker, state: Mapping[str, Any]) -> Load:
     settings = _settings(tracker)
     for name, mine in settings.items():  # the version first: the fields of another one are others
         if _encoded(name, _field(state, name)) != _encoded(name, mine):
-            raise ValueError(f"state_dict[{name!r}] is {reprlib.repr(state[name])}, this tracker has {mine!r}")
-    fields = [*settings, "step", "verified", "parameters", "left_out", *TENSORS]
+            raise ValueError(f"state_dict[{name!r}] is {_shown(state[name])}, this tracker has {mine!r}")
+    plain = [*settings, "step", "verified", "parameters", "left_out"]
+    fields = [*plain, *TENSORS]
     strange = [name for name in state if name not in (*fields, "digest")]
     if strange:
-        raise ValueError(f"state_dict has the unknown field {reprlib.repr(strange[0])}: it is no tracker's state")
+        raise ValueError(f"state_dict has the unknown field {_shown(strange[0])}: it is no tracker's state")
     step, verified = _field(state, "step"), _field(state, "verified")
     if type(step) is not int or not 0 <= step < 1 << 62:
-        raise ValueError(f"state_dict['step'] must be a number of steps, got {reprlib.repr(step)}")
+        raise ValueError(f"state_dict['step'] must be a number of steps, got {_shown(step)}")
     if type(verified) is not bool:
-        raise TypeError(f"state_dict['verified'] must be True or False, got {reprlib.repr(verified)}")
+        raise TypeError(f"state_dict['verified'] must be True or False, got {_shown(verified)}")
     left_out = _check_left_out(tracker._probes, _field(state, "left_out"))
     probes, seen = _check_parameters(tracker._probes, _field(state, "parameters"), left_out)
+    _check_digests(state, fields, plain)  # before what one that was changed would make look wrong
     sizes = {"T": len(tracker.tasks), "K": sum(p.sketch.dim for p in probes)}
     for name, table in TENSORS.items():
-        _check_tensor(name, _field(state, name), table, sizes, state)
-    _check_digests(state, fields)
+        _check_form(name, _field(state, name), table, sizes)
+    _check_digests(state, fields, fields)
+    for name, table in TENSORS.items():
+        _check_values(name, state[name].detach(), table, state)
     new = {name: reason for name, reason in left_out.items() if name not in tracker._probes.reasons}
     tracker._probes.warn(new)
     device = next(iter(tracker._probes.params.values())).device  # the model may have been moved since track()
     with torch.inference_mode(False):  # or they could not be written to in the next step
         tensors = {name: state[name].detach().to(device, copy=True).contiguous() for name in TENSORS}
     return Load(tracker, step, verified, probes, seen, left_out, tensors)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut to what one can read."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an int of thousands of digits somewhere inside
+        return f"a {type(value).__name__} too large to show"
 
 
 def _field(state: Mapping[str, Any], name: str) -> Any:
@@ -175,12 +187,10 @@ def _field(state: Mapping[str, Any], name: str) -> Any:
 
 def _check_left_out(probes: Probes, left_out: Any) -> dict[str, str]:
     if not isinstance(left_out, Mapping):
-        raise TypeError(f"state_dict['left_out'] must map names to reasons, got {reprlib.repr(left_out)}")
+        raise TypeError(f"state_dict['left_out'] must map names to reasons, got {_shown(left_out)}")
     for name, reason in left_out.items():
         if type(name) is not str or type(reason) is not str:
-            raise TypeError(
-                f"state_dict['left_out'] must map names to reasons, got {reprlib.repr(name)}: {reprlib.repr(reason)}"
-            )
+            raise TypeError(f"state_dict['left_out'] must map names to reasons, got {_shown(name)}: {_shown(reason)}")
         if name not in probes.params:
             raise ValueError(f"state_dict['left_out'] names the parameter {name!r}, which this model has not")
     return dict(left_out)
@@ -189,19 +199,17 @@ def _check_left_out(probes: Probes, left_out: Any) -> dict[str, str]:
 def _check_parameters(probes: Probes, parameters: Any, left_out: Mapping[str, str]) -> tuple[list[Probe], list[bool]]:
     """The probes that the state's columns belong to, in its order, new ones where this tracker has none yet."""
     if not isinstance(parameters, (list, tuple)):
-        raise TypeError(f"state_dict['parameters'] must be a list, got {reprlib.repr(parameters)}")
+        raise TypeError(f"state_dict['parameters'] must be a list, got {_shown(parameters)}")
     found: dict[str, Probe] = {}
     seen = []
     for entry in parameters:
         if not isinstance(entry, (list, tuple)) or len(entry) != 4:
-            raise ValueError(
-                f"state_dict['parameters'] must hold [name, shape, columns, seen], got {reprlib.repr(entry)}"
-            )
+            raise ValueError(f"state_dict['parameters'] must hold [name, shape, columns, seen], got {_shown(entry)}")
         name, shape, columns, used = entry
         whole = isinstance(shape, (list, tuple)) and all(type(n) is int for n in shape)
         if type(name) is not str or not whole or type(columns) is not int or type(used) is not bool:
             raise TypeError(
-                f"state_dict['parameters'] must hold [name, shape, columns, seen], got {reprlib.repr(list(entry))}"
+                f"state_dict['parameters'] must hold [name, shape, columns, seen], got {_shown(list(entry))}"
             )
         if name in found:
             raise ValueError(f"state_dict['parameters'] names {name!r} twice")
@@ -209,9 +217,7 @@ def _check_parameters(probes: Probes, parameters: Any, left_out: Mapping[str, st
             raise ValueError(f"state_dict['parameters'] names {name!r}, which this model has not")
         have = probes.params[name].shape
         if tuple(shape) != tuple(have):
-            raise ValueError(
-                f"state_dict['parameters']: {name!r} has shape {reprlib.repr(tuple(shape))}, here {tuple(have)}"
-            )
+            raise ValueError(f"state_dict['parameters']: {name!r} has shape {_shown(tuple(shape))}, here {tuple(have)}")
         if name in probes.unfit and name not in left_out:
             raise ValueError(
                 f"state_dict['parameters'] has numbers of {name!r}, which this tracker leaves out "
@@ -220,14 +226,14 @@ def _check_parameters(probes: Probes, parameters: Any, left_out: Mapping[str, st
         probe = probes.probes.get(name) or probes.make(name)
         if columns != probe.sketch.dim:
             raise ValueError(
-                f"state_dict['parameters']: {name!r} has {reprlib.repr(columns)} columns, here {probe.sketch.dim}"
+                f"state_dict['parameters']: {name!r} has {_shown(columns)} columns, here {probe.sketch.dim}"
             )
         found[name] = probe
         seen.append(used)
     return list(found.values()), seen
 
 
-def _check_tensor(name: str, value: Any, table: _Table, sizes: Mapping[str, int], state: Mapping[str, Any]) -> None:
+def _check_form(name: str, value: Any, table: _Table, sizes: Mapping[str, int]) -> None:
     where = f"state_dict[{name!r}]"
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_nested or value.is_meta:
         got = f"a tensor on {value.device}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
@@ -237,36 +243,43 @@ def _check_tensor(name: str, value: Any, table: _Table, sizes: Mapping[str, int]
         raise TypeError(f"{where} must be {' or '.join(map(str, table.dtypes))}, got {value.dtype}")
     if tuple(value.shape) != shape:
         raise ValueError(f"{where} must have shape {shape}, got {tuple(value.shape)}")
+
+
+def _check_values(name: str, value: Tensor, table: _Table, state: Mapping[str, Any]) -> None:
     if value.dtype.is_floating_point and not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{where} is not finite: it was changed, or {DIVERGED}")
-    if table.wrong is not None and bool(table.wrong(value.detach(), state).any()):
-        raise ValueError(f"{where} must be {table.need}")
+        raise ValueError(f"state_dict[{name!r}] is not finite: {DIVERGED}")
+    if table.wrong is not None and bool(table.wrong(value, state).any()):
+        raise ValueError(f"state_dict[{name!r}] must be {table.need}")
 
 
 def _encoded(name: str, value: Any) -> bytes:
-    """The value of a field as bytes: equal for equal numbers, lists like tuples, and for nothing else."""
-    if isinstance(value, Tensor):
-        dense = value.detach().to("cpu").resolve_neg().contiguous()
-        return f"{dense.dtype} {tuple(dense.shape)} ".encode() + dense.reshape(-1).view(torch.uint8).numpy().tobytes()
+    """A plain value of a field as bytes: equal for equal numbers, lists like tuples, and for nothing else."""
     try:
         return json.dumps(value, sort_keys=True, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise TypeError(f"state_dict[{name!r}] must hold plain values, got {reprlib.repr(value)}: {error}") from None
+        raise TypeError(f"state_dict[{name!r}] must hold plain values, got {_shown(value)}: {error}") from None
+
+
+def _bytes(value: Tensor) -> bytes:
+    dense = value.detach().to("cpu").resolve_neg().contiguous()
+    return f"{dense.dtype} {tuple(dense.shape)} ".encode() + dense.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _digests(state: Mapping[str, Any]) -> dict[str, str]:
     """SHA-256 by field, in hexadecimal, each over its field and all before it."""
     digests, last = {}, ""
     for name, value in state.items():
-        last = hashlib.sha256(f"{last} {name} ".encode() + _encoded(name, value)).hexdigest()
+        content = _bytes(value) if isinstance(value, Tensor) else _encoded(name, value)
+        last = hashlib.sha256(f"{last} {name} ".encode() + content).hexdigest()
         digests[name] = last
     return digests
 
 
-def _check_digests(state: Mapping[str, Any], fields: list[str]) -> None:
+def _check_digests(state: Mapping[str, Any], fields: list[str], now: list[str]) -> None:
+    """Of ``fields``, check those of ``now``, the first ones."""
     saved = _field(state, "digest")
     if not isinstance(saved, Mapping) or set(saved) != set(fields):
         raise ValueError("state_dict['digest'] must hold a digest of every other field: it was changed")
-    for name, digest in _digests({name: state[name] for name in fields}).items():
-        if saved[name] != digest:
+    for name, digest in _digests({name: state[name] for name in now}).items():
+        if type(saved[name]) is not str or saved[name] != digest:
             raise ValueError(f"state_dict[{name!r}] does not match its digest: it was changed since it was saved")
