@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ._files import replacing
@@ -77,8 +77,11 @@ def save_checkpoint(
     encoded = {name: _encode(stamp, part) for name, part in parts.items()}
     tensors |= {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in encoded.items()}
     header = {"format": FORMAT, "version": VERSION, "step": str(stamp), "digest": _digest(stamp, encoded)}
+    data = save(
+        tensors, metadata=header
+    )  # not save_file: it makes temporary files of its own, which kills leave behind
     with replacing(target) as temporary:
-        save_file(tensors, temporary, metadata=header)
+        temporary.write_bytes(data)
 
 
 def load_checkpoint(path: str | os.PathLike[str], tracker: TaskGradTracker, sampler: Sampler | None = None) -> int:
