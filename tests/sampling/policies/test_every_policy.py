@@ -124,9 +124,10 @@ def test_numbers_too_large_to_be_squared(name: str, policy: Any) -> None:
     for step in range(250):
         columns: dict[str, Any] = {field: torch.tensor(rng.choice(extreme, count)) for field in VECTORS}
         columns["signal"] = columns["signal"] * torch.tensor(rng.choice([1.0, -1.0], count))
+        half = torch.tensor(rng.choice(extreme, count))
         report = SimpleNamespace(
             step=step, valid=True, tasks=TASKS, examples=torch.tensor(rng.integers(1, 40, count)),
-            tokens=torch.ones(count), gram=torch.tensor(rng.choice(extreme, (count, count))),
+            tokens=torch.ones(count), gram=half[:, None] * half,
             loss=torch.tensor(rng.choice(extreme, count)), memory_dot=torch.tensor(rng.choice(extreme, (count, 5))),
             **columns,
         )  # fmt: skip
