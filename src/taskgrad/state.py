@@ -260,18 +260,22 @@ def _encoded(name: str, value: Any) -> bytes:
         raise TypeError(f"state_dict[{name!r}] must hold plain values, got {_shown(value)}: {error}") from None
 
 
-def _bytes(value: Tensor) -> bytes:
+def _enter(digest: Any, value: Tensor) -> None:
     dense = value.detach().to("cpu").resolve_neg().contiguous()
-    return f"{dense.dtype} {tuple(dense.shape)} ".encode() + dense.reshape(-1).view(torch.uint8).numpy().tobytes()
+    digest.update(f"{dense.dtype} {tuple(dense.shape)} ".encode())
+    digest.update(dense.reshape(-1).view(torch.uint8).numpy())
 
 
 def _digests(state: Mapping[str, Any]) -> dict[str, str]:
     """SHA-256 by field, in hexadecimal, each over its field and all before it."""
     digests, last = {}, ""
     for name, value in state.items():
-        content = _bytes(value) if isinstance(value, Tensor) else _encoded(name, value)
-        last = hashlib.sha256(f"{last} {name} ".encode() + content).hexdigest()
-        digests[name] = last
+        digest = hashlib.sha256(f"{last} {name} ".encode())
+        if isinstance(value, Tensor):
+            _enter(digest, value)
+        else:
+            digest.update(_encoded(name, value))
+        digests[name] = last = digest.hexdigest()
     return digests
 
 
