@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -262,6 +263,16 @@ def test_where_it_cannot_be_written(tmp_path: Path) -> None:
         tg.save_checkpoint(tmp_path / "file" / "x", loop.tracker, step=1)
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    loop = Loop()
+    with pytest.raises(OSError, match=r"replaced.*pipe"):
+        tg.save_checkpoint(tmp_path / "pipe", loop.tracker, step=1)
+    with pytest.raises(FileNotFoundError, match="pipe"):
+        tg.load_checkpoint(tmp_path / "pipe", loop.tracker)
+    assert [f.name for f in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
+
+
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
@@ -370,6 +381,35 @@ def test_killed_at_any_moment_the_file_is_the_old_or_the_new_one(tmp_path: Path)
     loop = Loop()
     tg.save_checkpoint(path, loop.tracker, step=0)
     assert [file.name for file in tmp_path.iterdir()] == [path.name], "leftovers of killed processes stay"
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        loop = Loop()
+        loop.run(3)
+        tg.save_checkpoint(f"{folder}/shared", loop.tracker, loop.sampler, step=3)
+        tg.save_checkpoint(f"{folder}/of_rank_{rank}", loop.tracker, loop.sampler, step=3)
+        dist.barrier()
+        again = Loop(seed=1)
+        assert tg.load_checkpoint(f"{folder}/shared", again.tracker, again.sampler) == 3
+        assert again.state == loop.state
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+def test_rank_0_writes_and_every_rank_reads(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_rank, args=(rank, str(tmp_path))) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert sorted(f.name for f in tmp_path.iterdir() if f.name != "store") == ["of_rank_0", "shared"]
 
 
 def test_the_json_parts_are_json(saved: tuple[Path, Loop]) -> None:

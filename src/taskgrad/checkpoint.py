@@ -100,8 +100,8 @@ def load_checkpoint(path: str | os.PathLike[str], tracker: TaskGradTracker, samp
     source = _file_path(path)
     if source.is_dir():
         raise IsADirectoryError(f"path is a folder, {str(source)!r}: name the file that save_checkpoint wrote")
-    if not source.exists():
-        raise FileNotFoundError(f"there is no checkpoint {str(source)!r}")
+    if not source.is_file():  # nor a pipe, which would be waited for
+        raise FileNotFoundError(f"there is no checkpoint file {str(source)!r}")
     step, parts = _read(source)
     if sampler is None and "sampler" in parts:
         raise ValueError(f"{str(source)!r} has a sampler's state too: pass the sampler, or its stream would begin anew")
