@@ -201,6 +201,25 @@ def test_a_model_of_another_dtype_goes_on_like_one_that_was_moved(before: torch.
     assert again.state_dict()["memory.ema"].dtype == before
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("before, after", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
+def test_a_state_goes_from_device_to_device(before: str, after: str) -> None:
+    tracker = _track(_model().double().to(before))
+    for number in range(3):
+        _step(tracker, number)
+    saved, state = _save(tracker)
+    assert {value.device.type for value in state.values() if isinstance(value, torch.Tensor)} == {"cpu"}
+    again = _track(_model(1).double().to(after))
+    again.model.load_state_dict(saved)
+    again.load_state_dict(state)
+    _step(tracker, 3)
+    _step(again, 3)
+    got, want = (t.report(wait=True) for t in (again, tracker))
+    for name in ("gram", "signal", "own_effect", "others_effect", "memory_dot"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
 def test_the_order_of_loading_does_not_matter() -> None:
     tracker = _track(_model())
     for number in range(3):

@@ -121,7 +121,8 @@ class Probes:
     def adopt(self, probes: Sequence[Probe], seen: Sequence[bool], left_out: Mapping[str, str]) -> None:
         """Lay the columns out as ``probes`` are ordered, those of other parameters after them, and leave out what
         ``left_out`` names and what no tracker could take. Statistics under way are dropped."""
-        others = [p for name, p in self.probes.items() if name not in {p.name for p in probes}]
+        names = {p.name for p in probes}
+        others = [p for name, p in self.probes.items() if name not in names]
         self.probes, self.width = {}, 0
         for probe, used in zip([*probes, *others], [*seen, *(False for _ in others)], strict=True):
             probe.seen = used

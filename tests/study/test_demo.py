@@ -149,6 +149,7 @@ def test_a_failed_write_leaves_the_last_result(
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for child processes in /proc")
 def test_its_processes_end_with_it_when_it_is_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "taskgrad.cli", "demo", "--steps", "100000", "--out", str(tmp_path)]
