@@ -54,6 +54,7 @@ def reports(mode: str, dim: int) -> list[tg.StepReport]:
         optimizer.zero_grad()
         if step >= WARM:
             found.append(tracker.report())
+            _ = found[-1].cosine_se  # to be had until the next step
     return found
 
 

@@ -205,3 +205,12 @@ def test_unknown_command_lists_the_known_ones(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)
     assert "command" in capsys.readouterr().err
+
+
+@built_ahead
+def test_names_with_other_letters_on_an_ascii_terminal(tmp_path):
+    odd = {"CXX": "zwölf\x1b[2J", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", **odd}
+    command = [sys.executable, "-m", "taskgrad.cli", "doctor"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and r"zw\xf6lf\x1b[2J" in done.stdout, done.stderr

@@ -16,6 +16,7 @@ from __future__ import annotations
 from . import ops
 from .batches import Batch
 from .capture import Capture, Probe, Unattributed, per_example, register_capture
+from .checkpoint import load_checkpoint, save_checkpoint
 from .coverage import Coverage
 from .report import StepReport
 from .rows import Rows
@@ -36,9 +37,11 @@ __all__ = [
     "TaskGradTracker",
     "TaskIndex",
     "Unattributed",
+    "load_checkpoint",
     "ops",
     "per_example",
     "policies",
     "register_capture",
+    "save_checkpoint",
     "track",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ._text import printable
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -24,5 +26,5 @@ class Coverage:
     def __str__(self) -> str:
         head = f"{self.fraction:.1%} of the trainable elements attributed, in {len(self.attributed)} parameters"
         lines = [head + ("" if self.verified else "; rows not verified yet")]
-        lines += [f"  not attributed: {name}: {reason}" for name, reason in self.unattributed.items()]
+        lines += [f"  not attributed: {printable(f'{name}: {reason}')}" for name, reason in self.unattributed.items()]
         return "\n".join(lines)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import deque
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from .report import StepReport
+from .report import Sketches, StepReport
 from .rows import ids_range
 from .sketch import SketchMap
 from .validity import because
@@ -42,21 +43,26 @@ class Delivery:
     Args:
         values: tensors on the device, by name of the report's field, and ``valid``, ``block``, ``loss`` and ``wrong``
             (ids or weights that are none); the last may be missing. ``flags`` says why a step is not valid,
-            ``given`` whether its losses were entered.
+            ``given`` whether its losses were entered. ``block`` [T, K] stays where it is.
+        maps: of the parameters, in the order of the block's columns.
     """
 
     def __init__(
         self, tasks: tuple[str, ...], step: int, values: Mapping[str, Tensor], maps: tuple[SketchMap, ...]
     ) -> None:
-        self.tasks, self.step, self.maps = tasks, step, maps
+        self.tasks, self.step = tasks, step
         device = values["valid"].device
+        values = dict(values)
+        block = values.pop("block")
+        # without sketching there is no error to compute
+        self.sketches = None if all(m.exact for m in maps) else Sketches(block, maps)
         self.event: torch.cuda.Event | None = None
         if device.type == "cuda":
             self.values = {k: v.to("cpu", non_blocking=True) for k, v in values.items()}
             self.event = torch.cuda.Event()
             self.event.record(torch.cuda.current_stream(device))
         else:
-            self.values = dict(values)
+            self.values = values
 
     @property
     def arrived(self) -> bool:
@@ -91,27 +97,28 @@ class Delivery:
             valid=True,
             reason=None,
             loss=loss,
-            _block=values.pop("block"),
-            _maps=tuple(m.to(torch.device("cpu")) for m in self.maps),
+            _sketches=None if self.sketches is None else weakref.ref(self.sketches),
             **values,
         )
 
 
 class Mailbox:
-    """The newest report that has arrived."""
+    """The newest report that has arrived, and until the next step what its ``cosine_se`` is computed from."""
 
     def __init__(self) -> None:
         self.report: StepReport | None = None
+        self._sketches: Sketches | None = None
         self._on_the_way: deque[Delivery] = deque()
 
     def send(self, delivery: Delivery) -> None:
+        self._sketches = None
         self._take()
         self._on_the_way.append(delivery)
 
     def put(self, report: StepReport) -> None:
         """A report that needs no delivery; it supersedes what is on the way."""
         self._on_the_way.clear()
-        self.report = report
+        self.report, self._sketches = report, None
 
     def newest(self, wait: bool) -> StepReport | None:
         if wait and self._on_the_way:
@@ -124,7 +131,8 @@ class Mailbox:
         while len(self._on_the_way) > 1 and self._on_the_way[1].arrived:
             self._on_the_way.popleft()
         if build and self._on_the_way and self._on_the_way[0].arrived:
-            self.report = self._on_the_way.popleft().build()
+            delivery = self._on_the_way.popleft()
+            self.report, self._sketches = delivery.build(), delivery.sketches
 
 
 def invalid_report(
@@ -158,7 +166,6 @@ def invalid_report(
         cosine=square,
         memory_dot=nan[:, None].expand(count, count + 1),
         steps_since_seen=steps_since_seen,
-        _block=square[:, :0],
-        _maps=(),
+        _sketches=None,
         **dict.fromkeys(VECTORS, nan),
     )

@@ -17,6 +17,7 @@ import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
 from . import __version__
+from ._text import printable
 from .ops import _native, cost_model
 from .ops.sum_gram import MAX_ROWS, triton_obstacle
 from .sampling import native as index_engine
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         width = max(map(len, facts))
         for name, value in facts.items():
-            print(f"{name:<{width}}  {'none' if value is None else value}")
+            print(f"{name:<{width}}  {'none' if value is None else printable(str(value))}")
     return 0 if healthy else 1
 
 

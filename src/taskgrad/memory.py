@@ -139,10 +139,3 @@ class TaskMemory:
         self.count = self.count + seen
         self.last_seen = torch.where(seen, step, self.last_seen)
         return predicted
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {k: getattr(self, k).clone() for k in ("ema", "before", "after", "count", "last_seen")}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for key, value in state.items():
-            setattr(self, key, value.to(getattr(self, key)).clone())

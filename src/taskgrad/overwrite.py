@@ -72,9 +72,9 @@ class Overwriting:
         undefined."""
         mine = memory_dot.diagonal()
         rest = memory_dot.sum(1) - mine
-        self.pull.add(-rest, mine, valid & ~mine.isnan())
-        self.kept.add(others, -own, valid & ~own.isnan())
-        self.cosine.add(cosine, cosine, valid & ~cosine.isnan())
+        self.pull.add(-rest, mine, valid & torch.isfinite(mine) & torch.isfinite(rest))
+        self.kept.add(others, -own, valid & torch.isfinite(own) & torch.isfinite(others))
+        self.cosine.add(cosine, cosine, valid & torch.isfinite(cosine))
 
     def read(self) -> dict[str, Tensor]:
         """The windowed fields of ``StepReport``, [T] each."""
@@ -95,11 +95,3 @@ class Overwriting:
             "others_cosine_mean": self.cosine.mean[0],
             "others_cosine_std": spread.clamp(min=0).sqrt(),
         }
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name).sums.clone() for name in ("pull", "kept", "cosine")}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, sums in state.items():
-            window = getattr(self, name)
-            window.sums = sums.to(window.sums).clone()

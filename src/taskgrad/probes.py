@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ._text import printable
 from .accumulation import Accumulation
 from .capture import Capture, Probe, find_capture, register_transformers
 from .capture.route import site_of
@@ -56,7 +57,7 @@ class Probes:
         self.sites: list[Site] = []
         self.suspects: dict[str, str] = {}  # left out of a step's numbers, not yet for good
         self.width = 0
-        self.accumulation = Accumulation(self.probes.values)
+        self.accumulation = Accumulation(lambda: self.probes.values())
         self._warned: set[str] = set()
         claimed: set[str] = set()
         strangers: dict[str, str] = {}
@@ -80,6 +81,7 @@ class Probes:
                     strangers.setdefault(name, rule)
         # a parameter may also hang on a container that never uses it; the sum guard finds out if it does
         self.reasons.update({n: r for n, r in strangers.items() if n not in claimed and n not in self.reasons})
+        self.unfit = dict(self.reasons)  # what no step can change
         self._flags: tuple[bool, ...] = ()
         self._stale = True
         try:
@@ -135,10 +137,40 @@ class Probes:
         assert param is not None
         name = self.names[id(param)]
         if name not in self.probes:
-            sketch = sketch_map(param.shape, self.sketch_dim, self.seed, name).to(param.device)
-            self.probes[name] = Probe(name, param, sketch, self.num_tasks, self.width, self.grams, self.accumulation)
-            self.width += sketch.dim
+            probe = self.make(name)
+            self._append(probe)
+            probe.follow()
         return self.probes[name]
+
+    def make(self, name: str) -> Probe:
+        """A probe of parameter ``name`` that has no place among the columns yet."""
+        param = self.params[name]
+        sketch = sketch_map(param.shape, self.sketch_dim, self.seed, name).to(param.device)
+        return Probe(name, param, sketch, self.num_tasks, 0, self.grams, self.accumulation)
+
+    def _append(self, probe: Probe) -> None:
+        probe.columns = slice(self.width, self.width + probe.sketch.dim)
+        self.probes[probe.name] = probe
+        self.width += probe.sketch.dim
+
+    def adopt(self, probes: Sequence[Probe], seen: Sequence[bool], left_out: Mapping[str, str]) -> None:
+        """Lay the columns out as ``probes`` are ordered, those of other parameters after them, and leave out what
+        ``left_out`` names and what no tracker could take. Statistics under way are dropped."""
+        names = {p.name for p in probes}
+        others = [p for name, p in self.probes.items() if name not in names]
+        self.probes, self.width = {}, 0
+        for probe, used in zip([*probes, *others], [*seen, *(False for _ in others)], strict=True):
+            probe.seen = used
+            self._append(probe)
+        self.reasons = {**left_out, **self.unfit}
+        self.suspects = {}
+        for site in self.sites:
+            site.reason = site.unfit = None
+        self._flags = ()  # the sites' probes are looked up anew before the next batch
+        for probe in self.probes.values():
+            probe.discard()
+            probe.held.release(self.accumulation.count)
+            probe.follow()
 
     def live(self) -> list[Probe]:
         """The probes that count: not left out, and not frozen."""
@@ -150,7 +182,7 @@ class Probes:
             self.reasons[name] = reason
             self.suspects.pop(name, None)
             self._stale = True
-            self._warn({name: reason} if name not in self._warned else {})
+            self.warn({name: reason} if name not in self._warned else {})
 
     def suspect(self, probes: Sequence[Probe], reason: str) -> list[Probe]:
         """Parameters that a comparison contradicts: left out of this step, and for good if the last comparison
@@ -159,7 +191,7 @@ class Probes:
         for probe in probes:
             if probe.name not in self.suspects:
                 self.suspects[probe.name] = reason + AGAIN
-        self._warn({p.name: reason for p in probes if p.name not in self._warned})
+        self.warn({p.name: reason for p in probes if p.name not in self._warned})
         for probe in again:
             self.drop(probe.name, reason)
         return again
@@ -173,9 +205,10 @@ class Probes:
         """Name, after the first step, the trainable parameters that no number covers and that ``include`` did not
         leave out."""
         missing = self.coverage(verified=False).unattributed
-        self._warn({n: r for n, r in missing.items() if n not in self._warned and not r.endswith(LEFT_OUT)})
+        self.warn({n: r for n, r in missing.items() if n not in self._warned and not r.endswith(LEFT_OUT)})
 
-    def _warn(self, missing: dict[str, str]) -> None:
+    def warn(self, missing: Mapping[str, str]) -> None:
+        """Name parameters that no number covers, with the reasons."""
         self._warned.update(missing)
         by_reason: dict[str, list[str]] = {}
         for name, reason in missing.items():
@@ -185,9 +218,8 @@ class Probes:
             for reason, names in by_reason.items():
                 more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
                 said.append(f"{', '.join(names[:NAMED])}{more} ({reason})")
-            warnings.warn(
-                f"taskgrad: left out of every number, see tracker.coverage(): {'; '.join(said)}", stacklevel=2
-            )
+            text = printable("; ".join(said))
+            warnings.warn(f"taskgrad: left out of every number, see tracker.coverage(): {text}", stacklevel=2)
 
     def forgive(self) -> str | None:
         """Take back what layers said of ids that fitted none of them: that says something of the ids. The first of
@@ -212,7 +244,7 @@ class Probes:
                 self.suspects.pop(probe.name, None)
                 self._stale = True
                 dropped.append(probe)
-        self._warn(missing)
+        self.warn(missing)
         return dropped
 
     @property

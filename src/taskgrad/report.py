@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -10,7 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._text import printable
 from .sketch import SketchMap, cosine_error
+
+NAME_WIDTH = 40  # characters of a task's name in the table
+
+
+@dataclass(frozen=True, eq=False)
+class Sketches:
+    """The sketched gradients of a step's tasks, ``block`` [T, K] on any device, side by side as in ``maps``. The
+    tracker owns them until its next step; reports hold them weakly."""
+
+    block: Tensor
+    maps: tuple[SketchMap, ...]
 
 
 @dataclass(frozen=True)
@@ -81,39 +94,55 @@ class StepReport:
     curvature: Tensor
     predicted_effect: Tensor
     steps_since_seen: Tensor
-    _block: Tensor = field(repr=False, compare=False)
-    _maps: tuple[SketchMap, ...] = field(repr=False, compare=False)
+    _sketches: weakref.ReferenceType[Sketches] | None = field(repr=False, compare=False)
 
     @cached_property
     def cosine_se(self) -> Tensor:
-        """[T, T], standard error of ``cosine`` due to sketching, computed when asked for; 0 in exact mode."""
-        return cosine_error(self._block.double(), self.gram, self._maps)
+        """[T, T], standard error of ``cosine`` due to sketching; 0 in exact mode.
+
+        Computed when first asked for, from sketches that the tracker drops at its next step: ask (or call ``to_dict``,
+        or pickle the report) while the report is the newest one. Asked for the first time later it is NaN.
+        """
+        if self._sketches is None:
+            return torch.where(self.cosine.isnan(), torch.nan, 0.0).to(self.gram)
+        sketches = self._sketches()
+        if sketches is None:
+            return torch.full_like(self.gram, torch.nan)
+        cpu = torch.device("cpu")
+        return cosine_error(sketches.block.to(cpu).double(), self.gram, tuple(m.to(cpu) for m in sketches.maps))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: with ``cosine_se`` as it is to be had now."""
+        _ = self.cosine_se
+        return {**self.__dict__, "_sketches": None}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-able lists, ``None`` for NaN."""
+        """Everything as JSON-able lists, ``None`` for NaN; ``cosine_se`` as it is to be had now."""
         names = [f.name for f in fields(self) if not f.name.startswith("_")]
         return {name: _plain(getattr(self, name)) for name in [*names, "cosine_se"]}
 
     def __str__(self) -> str:
-        width = max(len(t) for t in (*self.tasks, "task"))
-        title = f"step {self.step}" + ("" if self.valid else f": no numbers: {self.reason}")
+        # ASCII but for the names: a terminal may know no more
+        names = [printable(t, NAME_WIDTH) for t in self.tasks]
+        width = max(len(t) for t in (*names, "task"))
+        title = f"step {self.step}" + ("" if self.valid else f": no numbers: {printable(self.reason or '')}")
         columns = (
             ("rows", 6),
             ("norm", 9),
             ("signal", 9),
-            ("overwrite", 15),
+            ("overwrite", 19),
             ("retention", 9),
             ("cos others", 10),
-            ("seen", 5),
+            ("seen", 7),
         )
         lines = [title, " ".join([f"{'task':<{width}}", *(f"{name:>{size}}" for name, size in columns)])]
-        for t, name in enumerate(self.tasks):
+        for t, name in enumerate(names):
             seen = int(self.steps_since_seen[t])
             cells = (
                 _short(self.examples[t]),
                 _short(self.norm[t]),
                 _short(self.signal[t]),
-                f"{_short(self.overwrite[t])} ±{_short(self.overwrite_se[t])}",
+                _short(self.overwrite[t], self.overwrite_se[t]),
                 _short(self.retention[t]),
                 _short(self.others_cosine[t]),
                 "never" if seen < 0 else str(-seen),
@@ -123,8 +152,10 @@ class StepReport:
         return "\n".join(lines)
 
 
-def _short(x: Tensor) -> str:
-    return "–" if math.isnan(float(x)) else f"{float(x):.3g}"
+def _short(x: Tensor, error: Tensor | None = None) -> str:
+    if math.isnan(float(x)):
+        return "-"
+    return f"{float(x):.3g}" + ("" if error is None else f" +-{_short(error)}")
 
 
 def _plain(value: Any) -> Any:

@@ -111,6 +111,15 @@ class Steps:
 
     # -- before the step ----------------------------------------------------------------------------------------------
 
+    def restart(self, count: int) -> None:
+        """Go on after step ``count`` with the memory and the columns that were just put in place."""
+        self.count = count
+        self.gradient, self._open, self.mail = None, None, Mailbox()
+        self._collected, self.misfit = _Collected(), None
+        self.theta = self.probes.theta()
+        if self.probes.width > self.memory.ema.shape[1]:
+            self.memory.widen(self.theta)
+
     def begin(self) -> None:
         """Before a batch: a step that did not come is given up, parameters that changed since are noticed."""
         self.abandon_if_vanished()
@@ -361,8 +370,8 @@ class Steps:
         weight, mass, entered, examples, loss, silent, state, suspects, blamed, lost, seen, wrong = rest
         kept = ~self._spread(lost)
         if lost.device.type == "cpu" or self.probes.accumulation.checking:
-            out = zip(self.probes.probes.values(), lost.tolist(), seen.tolist(), strict=True)
-            for probe, gone, probe.seen in out:
+            for probe, gone, used in zip(self.probes.probes.values(), lost.tolist(), seen.tolist(), strict=True):
+                probe.seen = used
                 if gone and probe.name not in self.probes.reasons:
                     self.probes.drop(probe.name, "left out on another rank")
                     self.memory.forget_columns(probe.columns)

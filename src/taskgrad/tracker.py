@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -18,16 +18,15 @@ from .accumulation import in_backward
 from .batches import Batch, Batches
 from .closing import StepHooks
 from .coverage import Coverage
-from .delivery import Mailbox
 from .probe import StepProbe
 from .probes import Probes
 from .reduce import world_size
 from .report import StepReport
 from .rows import Rows, check_ids, check_loss_weight, check_weight, check_weight_total
+from .state import SKETCH_SEED, Load, check_state, state_of
 from .steps import Steps
 from .verify import FirstCall, failing_sites
 
-SKETCH_SEED = 0
 EXACT_LIMIT = 8 << 30  # bytes of state that exact mode may take
 
 
@@ -231,35 +230,29 @@ class TaskGradTracker:
         return self._steps.probe
 
     def state_dict(self) -> dict[str, Any]:
-        """Memory, windows and what they depend on; tensors and plain values only."""
-        return {
-            "version": 1,
-            "tasks": list(self.tasks),
-            "mode": self.mode,
-            "accumulate": self.accumulate,
-            "sketch_dim": self.sketch_dim,
-            "sketch_seed": SKETCH_SEED,
-            "columns": [[p.name, p.sketch.dim] for p in self._probes.probes.values()],
-            "left_out": dict(self._probes.reasons),
-            "verified": self._batches.verified,
-            "step": self._steps.count,
-            "memory": self._steps.memory.state_dict(),
-            "windows": self._steps.overwriting.state_dict(),
-        }
+        """Everything that changes numbers: settings, memory, windows, what was left out; plain values and CPU tensors.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``; raises ValueError if it is of other tasks, another mode or another model."""
-        mine = self.state_dict()
-        for key in ("version", "tasks", "mode", "accumulate", "sketch_dim", "sketch_seed", "columns"):
-            if state[key] != mine[key]:
-                raise ValueError(f"state_dict has {key} = {state[key]!r}, this tracker has {mine[key]!r}")
-        for name, reason in state["left_out"].items():
-            self._probes.drop(name, reason)
-        self._probes.refresh(between_steps=True)
-        self._batches.verified, self._steps.count = state["verified"], state["step"]
-        self._steps.memory.load_state_dict(state["memory"])
-        self._steps.overwriting.load_state_dict(state["windows"])
-        self._steps.mail = Mailbox()
+        Of the last closed step: take it after ``optimizer.step()``, since batches of a step under way are not in it.
+        """
+        return state_of(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state``, in a tracker made as the saved one was; before or after the model is loaded.
+
+        Parameters are matched by name: those frozen or thawed since keep their numbers, those that the state does not
+        know begin afresh. The model may be on another device or of another dtype; the memory keeps its own dtype.
+
+        Raises:
+            TypeError, KeyError, ValueError: a field is missing, damaged, changed since it was saved, or of other
+                settings or another model; the message names it. The tracker is then as it was.
+            RuntimeError: inside ``with tracker.batch(...)``.
+        """
+        self._check_load(state).commit()
+
+    def _check_load(self, state: Mapping[str, Any]) -> Load:
+        if self._batches.active is not None:
+            raise RuntimeError("load_state_dict() would pull the batch away: call it outside of tracker.batch()")
+        return check_state(self, state)
 
     def remove(self) -> None:
         """Take every hook and patch off the model and the optimizers. The tracker keeps its last report."""

@@ -104,13 +104,13 @@ def test_zeroed_between_backward_and_step(set_to_none: bool) -> None:
     passes(model, tracker)
     step(model, optimizer)
     optimizer.zero_grad(set_to_none)
-    memory = tracker.state_dict()["memory"]["ema"].clone()
+    memory = tracker.state_dict()["memory.ema"].clone()
     passes(model, tracker)
     optimizer.zero_grad(set_to_none)
     optimizer.step()
     report = tracker.report()
     assert not report.valid and report.reason is not None and "None or zero" in report.reason
-    assert torch.equal(tracker.state_dict()["memory"]["ema"], memory)
+    assert torch.equal(tracker.state_dict()["memory.ema"], memory)
     passes(model, tracker)
     assert_follows(model, tracker, step(model, optimizer))
     assert tracker.report().examples.tolist() == [4, 4]

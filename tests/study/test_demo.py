@@ -1,7 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,6 +16,7 @@ import pytest
 import torch
 
 from taskgrad.cli import main
+from taskgrad.study import demo
 from taskgrad.study.data import RARE, SEQUENCE, TASKS, Mixture
 from taskgrad.study.model import ByteGPT
 from taskgrad.study.train import POLICIES, RARE_BUDGET, train
@@ -79,3 +87,109 @@ def test_wrong_options(option: list[str], tmp_path: Path, capfd: pytest.CaptureF
     assert main(["demo", *option, "--out", str(tmp_path)]) == 2
     assert "at least" in capfd.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a[/b]c", "[red]", "\x1b[2J", "two\nlines", "[link=x]"])
+def test_any_folder_will_do(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], runs_of_one_step: None
+) -> None:
+    out = tmp_path / name
+    assert main(["demo", "--steps", "1", "--out", str(out)]) == 0
+    assert sorted(file.name for file in out.iterdir()) == ["report.html", "result.json"]
+    printed = capfd.readouterr().out
+    assert name.encode("unicode_escape").decode() in printed and "\x1b" not in printed
+
+
+@pytest.fixture
+def runs_of_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained once, in this process."""
+    runs = {name: train(name, 0, 1).to_dict() for name in POLICIES}
+    monkeypatch.setattr(demo, "_train_all", lambda seed, steps, console: runs)
+
+
+def _a_file(tmp_path: Path) -> Path:
+    (tmp_path / "file").write_text("")
+    return tmp_path / "file"
+
+
+def _in_a_file(tmp_path: Path) -> Path:
+    return _a_file(tmp_path) / "x[/red]"
+
+
+def _occupied(tmp_path: Path) -> Path:
+    (tmp_path / "report.html").mkdir()
+    return tmp_path
+
+
+def _system(tmp_path: Path) -> Path:
+    return Path("/proc")
+
+
+@pytest.mark.parametrize("make", [_a_file, _in_a_file, _occupied, _system])
+def test_a_folder_that_cannot_be_written_to_is_told_before_training(
+    make: Callable[[Path], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_train_all", lambda *_: pytest.fail("it trained"))
+    assert main(["demo", "--out", str(make(tmp_path))]) == 2
+    assert "nothing can be written" in capfd.readouterr().out
+
+
+def test_a_failed_write_leaves_the_last_result(
+    tmp_path: Path, runs_of_one_step: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["demo", "--steps", "1", "--out", str(tmp_path)]) == 0
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        main(["demo", "--steps", "1", "--out", str(tmp_path)])
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for child processes in /proc")
+def test_its_processes_end_with_it_when_it_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "taskgrad.cli", "demo", "--steps", "100000", "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        workers: list[int] = []
+        deadline = time.monotonic() + 60
+        # computing: a second of processor time is more than starting up takes of it in user code
+        while time.monotonic() < deadline and (len(workers) < 3 or min(map(_seconds, workers)) < 1):
+            time.sleep(0.2)
+            workers = _training(process.pid)
+        assert len(workers) == 3
+        process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while any(_alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = [pid for pid in workers if _alive(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def _training(parent: int) -> list[int]:
+    """Children of a process that were spawned to train."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it may have ended meanwhile
+            of = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if of == parent and b"spawn_main" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def _seconds(pid: int) -> float:
+    """Processor time of a process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11]) / os.sysconf("SC_CLK_TCK")
+
+
+def _alive(pid: int) -> bool:
+    """Whether the process runs; one that nobody has collected yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..accumulation import Accumulation, Held
 from ..ops import sketch_params
@@ -70,7 +71,7 @@ class Probe:
         self.arrived = Arrived()
         self.squares: Tensor | None = None
         self._accumulation = accumulation
-        self._handle = param.register_hook(self._before_param)
+        self._handle: RemovableHandle | None = None
         self._make_leaves(num_tasks)
 
     def _make_leaves(self, num_tasks: int) -> None:
@@ -115,7 +116,10 @@ class Probe:
         self.arrived = Arrived()
 
     def follow(self) -> None:
-        """Move to the parameter's device and dtype, where the model was moved after tracking began."""
+        """Listen to the parameter's gradient, and move to its device and dtype where the model was moved after tracking
+        began."""
+        if self._handle is None and self.param.requires_grad:
+            self._handle = self.param.register_hook(self._before_param)
         dtype = torch.float64 if self.param.dtype == torch.float64 else torch.float32
         if self.tap.device != self.param.device or self.tap.dtype != dtype:
             self.sketch = self.sketch.to(self.param.device)
@@ -123,7 +127,9 @@ class Probe:
 
     def remove(self) -> None:
         """Take the hook off the parameter."""
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
         if not self.param._backward_hooks:
             self.param._backward_hooks = None  # as before the first hook
 

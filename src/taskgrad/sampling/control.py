@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .._text import printable
 from .arrays import FloatArray, IntArray, frozen_floats
 from .guards import check_shares
 from .index import IndexEngine
@@ -39,11 +40,12 @@ class Realised:
     capped: tuple[str, ...]
 
     def __str__(self) -> str:
-        width = max(4, *(len(task) for task in self.tasks))
+        names = [printable(task, 40) for task in self.tasks]
+        width = max(4, *(len(name) for name in names))
         lines = [f"{self.batches} batches", f"{'task':<{width}}  examples   share  intended  epochs  probes"]
         for t, task in enumerate(self.tasks):
             lines.append(
-                f"{task:<{width}}  {self.examples[t]:>8}  {self.share[t]:.4f}    {self.intended[t]:.4f}  "
+                f"{names[t]:<{width}}  {self.examples[t]:>8}  {self.share[t]:.4f}    {self.intended[t]:.4f}  "
                 f"{self.epochs[t]:>6.2f}  {self.probes[t]:>6}" + ("  capped" if task in self.capped else "")
             )
         return "\n".join(lines)
@@ -165,15 +167,16 @@ class Control:
         )
 
     def to_dict(self, consumed: int) -> dict[str, Any]:
-        """JSON-able state after ``consumed`` batches. Raises TypeError where the policy's memory is not JSON-able.
+        """JSON-able state after ``consumed`` batches. Raises TypeError where the policy's memory is not JSON-able, and
+        ValueError where it holds NaN or infinity, which JSON does not have.
 
         ``snapshots`` are the engine's nearest below the batches that a resumed run may start at. They follow from the
         rest and may be missing; without them the first batch is found by replaying the quotas of all before it.
         """
         try:
-            memory = json.loads(json.dumps(self.memory))
-        except TypeError as error:
-            raise TypeError(f"{self.policy_name} keeps in state.memory what JSON cannot hold: {error}") from None
+            memory = json.loads(json.dumps(self.memory, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.policy_name} keeps in state.memory what JSON cannot hold: {error}") from None
         waiting = self._waiting
         return {
             "ledger": self.ledger.to_dict(),

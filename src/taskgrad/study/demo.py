@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import multiprocessing
+import os
 import platform
 import queue
+import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -15,10 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .. import __version__
+from .._files import replacing
+from .._text import printable
 from . import page, summary
 from .data import LEARNABLE, RARE, TASKS
 from .figures import RUN_NAMES
@@ -42,13 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train the three runs, print the table, write `report.html` and `result.json`; returns the exit code."""
+    """Train the three runs, print the table, write `report.html` and `result.json`; returns the exit code, 2 where the
+    options are wrong or nothing can be written to the folder."""
     console = Console()
     steps = args.steps if args.steps is not None else QUICK_STEPS if args.quick else STEPS
     if steps < 1 or args.seed < 0:
         console.print(f"[red]--steps must be at least 1 and --seed at least 0, got {steps} and {args.seed}")
         return 2
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        _make_ready(args.out)
+    except OSError as error:
+        console.print(f"[red]--out: nothing can be written to {_shown(args.out)}: {_shown(error.strerror)}")
+        return 2
     console.print(
         f"Three runs of {steps} steps: Python's documentation, and four rare tasks of 0.2% each. "
         "Under the natural mix the text overwrites what the model learns of them."
@@ -76,11 +88,29 @@ def run(args: argparse.Namespace) -> int:
         "seconds": time.perf_counter() - started,
         "runs": runs,
     }
-    (args.out / "result.json").write_text(json.dumps(result, allow_nan=False), encoding="utf-8")
-    (args.out / "report.html").write_text(page.render(result), encoding="utf-8")
+    files = {"report.html": page.render(result), "result.json": json.dumps(result, allow_nan=False)}
+    for name, text in files.items():
+        with replacing(args.out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     console.print(_table(result))
-    console.print(f"{result['seconds']:.0f} s. Figures: {args.out / 'report.html'}, data: {args.out / 'result.json'}")
+    figures, data = (_shown(args.out / name) for name in files)
+    console.print(f"{result['seconds']:.0f} s. Figures: {figures}, data: {data}", soft_wrap=True)
     return 0
+
+
+def _make_ready(out: Path) -> None:
+    """Make the folder, and make sure that the files can be written to it; raises OSError."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("report.html", "result.json"):
+        if (out / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, f"{name} is a folder")
+    with tempfile.TemporaryFile(dir=out):
+        pass
+
+
+def _shown(text: object) -> str:
+    """On one line, and without a meaning to rich's markup."""
+    return escape(printable(str(text)))
 
 
 def _train_all(seed: int, steps: int, console: Console) -> dict[str, dict[str, Any]]:
@@ -128,6 +158,7 @@ def _train_all(seed: int, steps: int, console: Console) -> dict[str, dict[str, A
 
 def _worker(name: str, seed: int, steps: int, messages: multiprocessing.Queue[tuple[str, str, Any]]) -> None:
     """One run in a process of its own; one thread, since the model is too small to gain from more."""
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     accuracy = 0.0
 
@@ -141,6 +172,14 @@ def _worker(name: str, seed: int, steps: int, messages: multiprocessing.Queue[tu
         messages.put(("done", name, train(name, seed, steps, on_step).to_dict()))
     except Exception:
         messages.put(("failed", name, traceback.format_exc()))
+
+
+def _die_with_parent() -> None:
+    """A killed parent cannot end its processes: without it nobody would read what this one computes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _table(result: dict[str, Any]) -> Table:

@@ -111,3 +111,27 @@ def test_any_sequence_of_reports(name: str, policy: Any, data: st.DataObject) ->
         assert 0 <= shares.sum() <= 1 + 1e-9
         again = policy.weights(copy.deepcopy(report), surrounded(step, saved, changed))
         assert again.tolist() == asked.tolist() and saved == memory
+
+
+@pytest.mark.parametrize("name, policy", CASES, ids=[name for name, _ in CASES])
+def test_numbers_too_large_to_be_squared(name: str, policy: Any) -> None:
+    """A run that diverges on some tasks: what is kept stays JSON, and shares stay shares."""
+    rng = np.random.default_rng(0)
+    extreme = [1e99, 1e101, 1e160, 1e300, np.inf, np.nan, 1.0, 1e-300, 0.0]
+    memory: dict[str, Any] = {}
+    check_shares(policy.initial(surrounded(-1, memory, {})), TASKS, name)
+    count = len(TASKS)
+    for step in range(250):
+        columns: dict[str, Any] = {field: torch.tensor(rng.choice(extreme, count)) for field in VECTORS}
+        columns["signal"] = columns["signal"] * torch.tensor(rng.choice([1.0, -1.0], count))
+        half = torch.tensor(rng.choice(extreme, count))
+        report = SimpleNamespace(
+            step=step, valid=True, tasks=TASKS, examples=torch.tensor(rng.integers(1, 40, count)),
+            tokens=torch.ones(count), gram=half[:, None] * half,
+            loss=torch.tensor(rng.choice(extreme, count)), memory_dot=torch.tensor(rng.choice(extreme, (count, 5))),
+            **columns,
+        )  # fmt: skip
+        changed = {"lr": 0.1, "weights": rng.dirichlet(np.ones(count)), "eval_losses": dict.fromkeys(TASKS, 1e300)}
+        asked = policy.weights(report, surrounded(step, memory, {**changed, "evaluations": step // 50}))
+        assert 0 <= check_shares(asked, TASKS, name).sum() <= 1 + 1e-9
+        json.dumps(memory, allow_nan=False)

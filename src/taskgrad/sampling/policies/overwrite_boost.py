@@ -26,8 +26,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..arrays import FloatArray, to_numpy
+from ..arrays import FloatArray
 from .base import Policy, PolicyState
+from .updates import column
 
 WINDOW = 200
 """Appearances that energy, signal and loss are averaged over: four times the tracker's memory."""
@@ -73,8 +74,8 @@ class OverwriteBoost(Policy):
     def weights(self, report: Any, state: PolicyState) -> FloatArray:
         """Parts of the budget [T]; they sum to less than 1 where released parts find no taker."""
         equal = _equal_parts(state)
-        examples, norm, signal = (to_numpy(x) for x in (report.examples, report.norm, report.signal))
-        losses = None if report.loss is None else to_numpy(report.loss)
+        examples, norm, signal = (column(report, name) for name in ("examples", "norm", "signal"))
+        losses = None if report.loss is None else column(report, "loss")
         want, high = np.zeros(len(equal)), np.zeros(len(equal))
         for t, task in enumerate(state.tasks):
             if equal[t] == 0:

@@ -11,11 +11,13 @@ from ..arrays import BoolArray, FloatArray, to_numpy
 from .base import PolicyState
 
 _TINY = float(np.finfo(np.float64).tiny)
+_LARGEST = 1e100  # what sums of squares, which policies keep, can be made of
 
 
 def column(report: Any, name: str) -> FloatArray:
-    """A field of the report as float64 on the CPU."""
-    return np.asarray(to_numpy(getattr(report, name)), dtype=np.float64)
+    """A field of the report as float64 on the CPU; NaN, as if not measured, where it is infinite or beyond 1e100."""
+    values = np.asarray(to_numpy(getattr(report, name)), dtype=np.float64)
+    return np.where(np.abs(values) > _LARGEST, np.nan, values)
 
 
 def losses(report: Any, policy: str) -> FloatArray:
