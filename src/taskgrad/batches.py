@@ -59,10 +59,9 @@ class Batches:
     (``capture.site.Owner``)."""
 
     def __init__(self) -> None:
-        self.observer: Callable[[Site, tuple[Any, ...], dict[str, Any]], Tensor] | None = None
+        self.observer: Callable[[Site, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.active: Batch | None = None
         self.pending: list[Batch] = []
-        self.verified = False
         self._regrouped: Rows | None = None
 
     def enter(self, batch: Batch) -> None:

@@ -120,7 +120,7 @@ class Probes:
     def warn_of_gaps(self) -> None:
         """Name, after the first step, the trainable parameters that no number covers and that ``include`` did not
         leave out."""
-        missing = self.coverage(verified=False).unattributed
+        missing = self.coverage(None).unattributed
         self._warn({n: r for n, r in missing.items() if n not in self._warned and not r.endswith(LEFT_OUT)})
 
     def _warn(self, missing: dict[str, str]) -> None:
@@ -190,7 +190,7 @@ class Probes:
             return None
         return torch.stack([n.double() for n in torch._foreach_norm(grads, float("inf"))]).max() == 0
 
-    def coverage(self, verified: bool) -> Coverage:
+    def coverage(self, unverified: str | None) -> Coverage:
         """What counts and what does not, over the parameters that train now."""
         trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         missing = {n: self.reasons[n] for n in trainable if n in self.reasons}
@@ -203,7 +203,7 @@ class Probes:
         attributed = tuple(n for n in trainable if n not in missing)
         total = sum(p.numel() for p in trainable.values())
         covered = sum(trainable[n].numel() for n in attributed)
-        return Coverage(attributed, missing, covered / total if total else 0.0, verified)
+        return Coverage(attributed, missing, covered / total if total else 0.0, unverified)
 
     def remove(self) -> None:
         for site in self.sites:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -230,13 +229,6 @@ class Steps:
         self.gradient = step.gradient
         if self.count == 1:
             self.probes.warn_of_gaps()
-        if self.count == GUARD_FIRST and self._guard and not self.batches.verified:
-            warnings.warn(
-                "taskgrad: the rows of the layers were not verified: no batch could tell, or the model was not called "
-                "as model(...) in eager mode; call tracker.verify(*inputs) inside tracker.batch(), or pass "
-                "verify=False",
-                stacklevel=2,
-            )
         reading = step.reading
         cosine, others_cosine = cosines(step.gram)
         predicted = self.memory.write(step.gradient, step.share, seen, before, self.theta, self.count)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .batches import Batch, Batches
-from .closing import StepHooks, in_backward
+from .closing import StepHooks
 from .coverage import Coverage
 from .delivery import Mailbox
 from .probe import StepProbe
@@ -24,7 +24,7 @@ from .reduce import world_size
 from .report import StepReport
 from .rows import Rows, check_loss_weight
 from .steps import Steps
-from .verify import FirstCall, failing_sites
+from .verify import RowCheck
 
 SKETCH_SEED = 0
 EXACT_LIMIT = 8 << 30  # bytes of state that exact mode may take
@@ -73,8 +73,7 @@ class TaskGradTracker:
         )
         self._removed = False
         self._hooks = StepHooks(optimizers, self._steps.read, self._steps.close) if optimizers else None
-        hook = FirstCall(self._verify_first)
-        self._verify_hook = model.register_forward_pre_hook(hook, with_kwargs=True) if verify else None
+        self._row_check = RowCheck(model, self._batches, enabled=verify)
 
     def batch(self, ids: Tensor, weight: Tensor | None = None, *, loss_weight: Any = None) -> Batch:
         """Attribute the rows of the forward pass inside the context to tasks.
@@ -125,9 +124,24 @@ class TaskGradTracker:
             raise RuntimeError("tracker.batch() is open already; leave it before the next batch begins")
         self._steps.begin()
         self._batches.enter(batch)
+        self._row_check.enter(batch.task_rows)
 
     def _leave(self, batch: Batch, failed: bool) -> None:
         self._batches.leave(batch, failed)
+        news = self._row_check.leave(failed)
+        self._heed_row_check()
+        if news and self._row_check.given_up:
+            warnings.warn(
+                f"taskgrad: the rows of the layers were not verified: {self._row_check.reason}; call "
+                "tracker.verify(*inputs) inside tracker.batch() with a batch that can tell, or pass verify=False",
+                stacklevel=4,
+            )
+
+    def _heed_row_check(self) -> None:
+        """Leave out the layers whose rows are not the batch's."""
+        for site in self._probes.sites:
+            if site.reason is None:
+                site.reason = self._row_check.failing.get(site.name)
         self._steps.drop_unattributed()
 
     def step(self) -> None:
@@ -162,35 +176,21 @@ class TaskGradTracker:
     def coverage(self) -> Coverage:
         """Which parameters the numbers are about, and why the others are not."""
         self._steps.drop_unattributed()
-        return self._probes.coverage(self._batches.verified)
+        return self._probes.coverage(self._row_check.reason)
 
     def verify(self, *args: Any, **kwargs: Any) -> Coverage:
         """Check inside ``with tracker.batch(ids)`` that the rows of every layer are the rows of the batch.
 
         Called like the model, with inputs for it. Layers that fail are dropped and named by ``coverage()``, which is
-        returned. A few forward passes without gradients (see ``taskgrad.verify``); RNG and buffers are restored.
+        returned, with the reason where these inputs cannot tell. Three forward passes without gradients (five with an
+        id per token, twice as many where layers fail that an input of shape (B,) or (B, B) may have misled), after
+        which the model and the random states are as before; ``taskgrad.isolation.Snapshot`` says what that covers.
         """
         if self._batches.active is None:
             raise RuntimeError("verify() needs the ids: call it inside `with tracker.batch(ids):`")
-        self._verify_rows(args, kwargs)
+        self._row_check.by_hand(self._batches.active.task_rows, args, kwargs)
+        self._heed_row_check()
         return self.coverage()
-
-    def _verify_first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or self._batches.verified or self._batches.active is None:
-            return
-        if self._batches.observer is None and torch.is_grad_enabled() and not in_backward():
-            self._verify_rows(args, kwargs)
-
-    def _verify_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert self._batches.active is not None
-        failing = failing_sites(self.model, self._batches, self._batches.active.task_rows, args, kwargs)
-        if failing is None:
-            return
-        self._batches.verified = True
-        for site in self._probes.sites:
-            if site.name in failing and site.reason is None:
-                site.reason = failing[site.name]
-        self._steps.drop_unattributed()
 
     def probe(self, loss: Callable[[], Tensor]) -> StepProbe:
         """Measure ``loss()``, say of a fixed batch by task, just before and just after the next optimizer step."""
@@ -208,7 +208,7 @@ class TaskGradTracker:
             "sketch_seed": SKETCH_SEED,
             "columns": [[p.name, p.sketch.dim] for p in self._probes.probes.values()],
             "left_out": dict(self._probes.reasons),
-            "verified": self._batches.verified,
+            "verified": self._row_check.verified,
             "step": self._steps.count,
             "memory": self._steps.memory.state_dict(),
             "windows": self._steps.overwriting.state_dict(),
@@ -223,7 +223,9 @@ class TaskGradTracker:
         for name, reason in state["left_out"].items():
             self._probes.drop(name, reason)
         self._probes.refresh(between_steps=True)
-        self._batches.verified, self._steps.count = state["verified"], state["step"]
+        self._steps.count = state["step"]
+        if state["verified"]:
+            self._row_check.verified, self._row_check.reason = True, None
         self._steps.memory.load_state_dict(state["memory"])
         self._steps.overwriting.load_state_dict(state["windows"])
         self._steps.follow_parameters()
@@ -235,8 +237,7 @@ class TaskGradTracker:
         self._probes.remove()
         if self._hooks is not None:
             self._hooks.remove()
-        if self._verify_hook is not None:
-            self._verify_hook.remove()
+        self._row_check.leave(failed=True)
         self._batches.pending.clear()
         self._probes.discard()
 
@@ -269,8 +270,9 @@ def track(
             the parameters have just moved along, which biases ``signal`` downwards: at 0.9 it is negative for tasks
             that are being learned (docs/policy-log.md).
         loss_scale: the GradScaler (or a scalar tensor) the loss is multiplied with.
-        verify: check the rows of every layer on the first tracked batch, and on some steps that the tasks' gradients
-            add up to ``param.grad``.
+        verify: check the rows of every layer on the first tracked batch (two more forward passes without gradients,
+            four with an id per token; on the second and third batch too where one could not tell), and on some steps
+            that the tasks' gradients add up to ``param.grad``.
         process_group: the ranks whose gradients are averaged (DistributedDataParallel); ``None`` for the default group.
         include: ``include(name, module)`` says whether a module is tracked.
         accumulate: exact mode: keep the T gradients, so that they add up over uses of a weight and over micro-batches.

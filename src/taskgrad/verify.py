@@ -1,190 +1,199 @@
 """Does row i of every layer belong to example i? Asked by perturbation, before a number is believed.
 
 Shapes cannot tell: ``pe(arange(S))`` looks like a batch where S = B, so do sequence-first activations and permuted
-windows. So the model runs without gradients on the batch and again with half of the examples replaced by others, for
-as many halves as it takes to tell every example from every other. Rows of other examples that change show that the
-rows are not the batch's, or that examples mix. A layer whose input does not depend on the examples at all (an
-embedding of positions) is asked the other way round: its output is disturbed in the rows of half of the examples, and
-nothing of the others may change further on. With an id per token, the rows of tokens must change with their tokens.
+windows. So just before the first tracked forward the model runs twice more, without gradients and with the random
+numbers that the forward will have: once with a random half of the examples exchanged among themselves, once with the
+other half. What the layers see is compared with what they see in the forward of training itself, row by row:
+
+- a row that stood still must not change: else its rows are not the batch's, or examples mix;
+- of the rows that moved one must change, where they can be told apart at all: else the rows are not the batch's;
+- the rows that moved must not come out in another order among themselves.
+
+With an id per token two more passes ask whether the row of a token changes with the token. Layers that see every
+example alike (a branch that is zero at the start, one position for all) cannot be told and pass; so does what depends
+on the batch as a whole (BatchNorm in training mode): that is row attribution.
+
+The number of passes depends on the shape of the ids alone, for on several ranks a forward may hold collectives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch import nn
 
-from .capture.site import Owner, Site
-from .isolation import undisturbed
+from .capture.site import Owner
+from .closing import in_backward
+from .fingerprint import Trace
+from .isolation import Snapshot
+from .moves import Move, Moved, apply, example_moves, token_moves
 from .rows import Rows
+from .trial import Trial
 
-MIXED = "rows of other examples change with an example: its rows are not the batch's, or examples mix"
-SHIFTED = "a token's row does not change with the token: its rows are not in the order of the ids"
-CONSTANT = "its rows do not depend on the example, and its output does not reach that example alone"
+TRIES = 3
 
-Trace = dict[tuple[str, int], tuple[Tensor, Tensor]]
-Disturb = Callable[[Site, Tensor], Tensor]
-
-
-class FirstCall:
-    """The forward pre-hook of the tracked model. Copies and pickles of the model get one that does nothing."""
-
-    def __init__(self, verify: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None) -> None:
-        self.verify = verify
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.verify is not None:
-            self.verify(args, kwargs)
-
-    def __reduce__(self) -> tuple[type[FirstCall], tuple[()]]:
-        return FirstCall, ()
+NOT_TRIED = "no tracked batch has been checked yet"
+NOT_CALLED = "the model was not called as model(...) in eager mode"
+RAISED = "a pass of the model on the batch with examples exchanged raised"
+DOUBTFUL = "layers failed, but one of the inputs of shape (B,) or (B, B) may not be the batch's"
 
 
-def failing_sites(
-    model: nn.Module, owner: Owner, rows: Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, str] | None:
-    """Names of the sites whose rows are not the batch's, with the reason; ``None`` if this batch cannot tell.
+class RowCheck:
+    """Tries on the first tracked batches, three at most, until one could tell.
 
-    It cannot with one example, or where all examples are alike. RNG and buffers are restored; BatchNorm runs with its
-    running statistics meanwhile. Passes without gradients: 1 + log2 B, and log2 B for every layer that has to be asked
-    the other way round; log2 S more with an id per token.
+    On several ranks these are what the ranks must agree on before the next batch: whether there is a next try depends
+    on ``attempts`` and ``verified``.
+
+    Attributes:
+        attempts: batches on which a try was made.
+        verified: a batch could tell.
+        told: whether the last one could.
+        reason: why the rows are not verified, ``None`` if they are.
+        failing: site name -> why its rows are not the batch's; complete once ``verified`` or given up.
     """
 
-    def trace(a: Any, k: Any, dims: int, disturb: Disturb | None = None) -> Trace:
-        # copies: a model may write into its input
-        a, k = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (a, dict(k)))
-        with undisturbed(model):
-            return _trace(model, owner, rows.shape[:dims], a, k, disturb)
+    def __init__(self, model: nn.Module, owner: Owner, enabled: bool) -> None:
+        self.model, self.owner, self.enabled = model, owner, enabled
+        self.attempts = 0
+        self.verified = False
+        self.told = False
+        self.reason: str | None = NOT_TRIED
+        self.failing: dict[str, str] = {}
+        self._suspects: dict[str, str] | None = None  # failed while a doubtful tensor was moved
+        self._rows: Rows | None = None
+        self._trial: Trial | None = None
+        self._busy = False
+        self._depth = 0  # of calls of the model inside the forward that is observed
+        self._handles: list[Any] = []
 
-    batch = rows.shape[0]
-    base = trace(args, kwargs, 1)
-    sites = {name for name, _ in base if name}
-    failing: dict[str, str] = {}
-    moved: set[str] = set()
-    told = False
-    for half in _halves(batch):
-        replaced = _replace(args, kwargs, rows.shape[:1], half)
-        if replaced is None:
-            continue
-        told = True
-        for key, changed in _changes(base, trace(*replaced, 1)).items():
-            if bool((changed & ~half).any()):
-                failing.setdefault(key[0], MIXED)
-            if bool(changed.any()):
-                moved.add(key[0])
-    if not told:
-        return None
-    for name in sites - moved:
-        for half in _halves(batch):
-            changes = _changes(base, trace(args, kwargs, 1, _shake(name, half)))
-            found = [c for (site, _), c in changes.items() if site != name]
-            if not any(bool(c.any()) for c in found) or any(bool((c & ~half).any()) for c in found):
-                failing.setdefault(name, CONSTANT)
-    if len(rows.shape) == 2:
-        base = trace(args, kwargs, 2)
-        for half in _halves(rows.shape[1]):
-            replaced = _replace(args, kwargs, rows.shape, half)
-            if replaced is None:
-                continue
-            for key, changed in _changes(base, trace(*replaced, 2)).items():
-                if bool(changed.any()) and not bool((changed & half).any()):
-                    failing.setdefault(key[0], SHIFTED)
-    failing.pop("", None)
-    return failing
+    @property
+    def due(self) -> bool:
+        return self.enabled and not self.verified and self.attempts < TRIES
 
+    @property
+    def given_up(self) -> bool:
+        return self.enabled and not self.verified and self.attempts == TRIES
 
-def _halves(n: int) -> list[Tensor]:
-    """Masks [n] of the positions with bit k set: only the identity maps every one of them into itself."""
-    return [(torch.arange(n) >> bit) & 1 == 1 for bit in range((n - 1).bit_length())]
+    def enter(self, rows: Rows) -> None:
+        """A tracked batch begins: until ``leave``, hooks on the model wait for its forward."""
+        if self.due:
+            self._rows = rows
+            before, after = RootHook(self.model, self._before), RootHook(self.model, self._after)
+            self._handles = [
+                self.model.register_forward_pre_hook(before, with_kwargs=True),
+                self.model.register_forward_hook(after, with_kwargs=True, always_call=True),
+            ]
 
-
-def _replace(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], shape: tuple[int, ...], half: Tensor
-) -> tuple[Any, Any] | None:
-    """The inputs with the examples (tokens, for a shape of two dimensions) in ``half`` replaced by others of the batch
-    that differ, in all tensors of the batch alike; ``None`` where there are none."""
-    dim, n = len(shape) - 1, len(half)
-
-    def belongs(t: Any) -> bool:
-        return isinstance(t, Tensor) and t.shape[: dim + 1] == shape
-
-    tensors = [t for t in tree_flatten((args, kwargs))[0] if belongs(t)]
-    for shift in range(1, n):
-        source = torch.where(half, (torch.arange(n) + shift) % n, torch.arange(n))
-        if any(not torch.equal(t.index_select(dim, source.to(t.device)), t) for t in tensors):
-            new: tuple[Any, Any] = tree_map(
-                lambda t, source=source: t.index_select(dim, source.to(t.device)) if belongs(t) else t,
-                (args, dict(kwargs)),
-            )
-            return new
-    return None
-
-
-def _trace(
-    model: nn.Module, owner: Owner, shape: tuple[int, ...], args: Any, kwargs: Any, disturb: Disturb | None
-) -> Trace:
-    """Fingerprint of every example, or of every token where ``shape`` is (B, S), at the input of every call of every
-    site and at the model's outputs (site "")."""
-    trace: Trace = {}
-    calls: dict[str, int] = {}
-
-    def observe(site: Site, a: tuple[Any, ...], k: dict[str, Any]) -> Tensor:
-        n = calls[site.name] = calls.get(site.name, -1) + 1
-        x = next((t for t in (*a, *k.values()) if isinstance(t, Tensor)), None)
-        if x is not None and x.dim() and not owner.regrouped:
-            if x.shape[: len(shape)] == shape:
-                trace[site.name, n] = _fingerprint(x, len(shape))
-            elif x.shape[0] == 1 and len(shape) == 1:
-                trace[site.name, n] = _fingerprint(x.expand(*shape, *x.shape[1:]), 1)
-        out = site.plain(*a, **k)
-        return out if disturb is None else disturb(site, out)
-
-    owner.observer = observe
-    try:
-        out = model(*args, **kwargs)
-    finally:
-        owner.observer = None
-    # a mapping need not be a pytree: transformers' ModelOutput
-    leaves = tree_flatten(list(out.values()) if isinstance(out, Mapping) else out)[0]
-    for n, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor) and leaf.shape[: len(shape)] == shape:
-            trace["", n] = _fingerprint(leaf, len(shape))
-    return trace
-
-
-def _fingerprint(x: Tensor, dims: int) -> tuple[Tensor, Tensor]:
-    """A number for every example (token), [*x.shape[:dims]], and the scale of its rounding errors."""
-    flat = x.detach().double().nan_to_num().cpu().reshape(*x.shape[:dims], -1)
-    weights = torch.linspace(0.5, 1.5, flat.shape[-1], dtype=torch.float64).sin()
-    return flat @ weights, flat.abs() @ weights.abs()
-
-
-def _changes(base: Trace, other: Trace) -> dict[tuple[str, int], Tensor]:
-    """For every call of ``base``, which examples [B] (positions [S], where traced by token) differ; all, where the
-    call did not take place."""
-    found = {}
-    for key, (a, scale) in base.items():
-        if key in other and other[key][0].shape == a.shape:
-            b, b_scale = other[key]
-            changed = (a - b).abs() > 1e-6 * torch.maximum(scale, b_scale)
+    def leave(self, failed: bool) -> bool:
+        """The batch is over; ``failed``: by an exception. True if ``verified``, ``reason`` or ``failing`` is news."""
+        rows, self._rows = self._rows, None
+        trial, self._trial = self._trial, None
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._depth, self.owner.observer = [], 0, None
+        if rows is None or (trial is None and (failed or not torch.is_grad_enabled())):
+            return False
+        self.attempts += 1
+        if trial is None:
+            self.told, self.reason = False, NOT_CALLED
+        elif failed:
+            self.told, self.reason = False, "the forward raised"
         else:
-            changed = torch.ones_like(a, dtype=torch.bool)
-        found[key] = changed if changed.dim() == 1 else changed.any(0)
-    return found
+            self._settle(trial)
+        if self.given_up and self._suspects:
+            self.failing = self._suspects
+        return True
+
+    def by_hand(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The same at once, with a pass of its own instead of the forward of training."""
+        for _ in range(2):
+            trial = self._perturb(self.model, rows, args, kwargs)
+            still = apply(Move(torch.arange(rows.shape[0], device="cpu")), args, kwargs, rows.shape, True)
+            snapshot = Snapshot(self.model)
+            try:
+                with torch.no_grad():
+                    self._observe(trial.base, self.model, still)
+            finally:
+                snapshot.restore()
+            self._settle(trial)
+            if self.told or self._suspects is None:
+                return
+
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._busy or torch.compiler.is_compiling():
+            return
+        if self._depth:
+            self._depth += 1
+        elif self._trial is None and self._rows is not None and torch.is_grad_enabled() and not in_backward():
+            # not by model(...): the hooks that have run already would run again
+            self._trial = self._perturb(self.model.forward, self._rows, args, kwargs)
+            self.owner.observer = self._trial.base
+            self._depth = 1
+
+    def _after(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._busy or torch.compiler.is_compiling() or not self._depth:
+            return
+        self._depth -= 1
+        if not self._depth:
+            self.owner.observer = None
+
+    def _perturb(self, call: Callable[..., Any], rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trial:
+        """The passes on moved inputs."""
+        shape = rows.shape
+        generator = torch.Generator("cpu").manual_seed(self.attempts)
+        moves = example_moves(shape[0], generator)
+        if len(shape) == 2:
+            moves += token_moves(shape[1], generator)
+        # of two examples one replaces the other, which changes the statistics of a batch
+        norms = (m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        trial = Trial(Trace(self.owner, shape), mixes=shape[0] == 2 and any(m.training for m in norms))
+        leave_doubtful = self._suspects is not None
+        snapshot = Snapshot(self.model)
+        for move in moves:
+            trace = Trace(self.owner, shape)
+            try:
+                with torch.no_grad():
+                    moved = apply(move, args, kwargs, shape, leave_doubtful)
+                    trial.passes.append((move, moved, trace))
+                    self._observe(trace, call, moved)
+            except Exception as error:  # if it is the model's fault, the forward of training will raise it
+                trial.error = f"{RAISED} {type(error).__name__}: {error}"
+            finally:
+                snapshot.restore()
+        return trial
+
+    def _observe(self, trace: Trace, call: Callable[..., Any], inputs: Moved) -> None:
+        self._busy, self.owner.observer = True, trace
+        try:
+            call(*inputs.args, **inputs.kwargs)
+        finally:
+            self._busy, self.owner.observer = False, None
+            # what the passes are run for is in the trace
+            inputs.args, inputs.kwargs = (), {}
+
+    def _settle(self, trial: Trial) -> None:
+        self.reason = trial.error or trial.verdict()
+        self.told = self.reason is None
+        failing = trial.failing
+        if self.told and failing and trial.doubtful:
+            self._suspects, self.told, self.reason = failing, False, DOUBTFUL
+        elif self.told:
+            suspects = failing if self._suspects is None else self._suspects
+            self.failing = {name: reason for name, reason in failing.items() if name in suspects}
+            self.verified, self._suspects = True, None
 
 
-def _shake(name: str, half: Tensor) -> Disturb:
-    def disturb(site: Site, out: Tensor) -> Tensor:
-        if site.name != name:
-            return out
-        wide = out.expand(len(half), *out.shape[1:]) if out.shape[0] == 1 else out
-        if wide.shape[0] != len(half):
-            return out
-        noise = torch.zeros_like(wide)
-        noise[half.to(out.device)] = 1 + out.abs().max()
-        return wide + noise
+class RootHook:
+    """Hands the calls of ``model`` to ``function``. On a copy or a pickle of the model it does nothing."""
 
-    return disturb
+    def __init__(self, model: nn.Module | None = None, function: Callable[..., None] | None = None) -> None:
+        self.model, self.function = model, function
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+        if self.function is not None and model is self.model:
+            self.function(args, kwargs)
+
+    def __reduce__(self) -> tuple[type[RootHook], tuple[()]]:
+        return RootHook, ()

@@ -6,7 +6,8 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from ..rows import Rows
 from .base import Capture, Probe, Unattributed
@@ -15,7 +16,7 @@ from .base import Capture, Probe, Unattributed
 class Owner(Protocol):
     """What a site asks of the tracker, at every call of its module."""
 
-    observer: Callable[[Site, tuple[Any, ...], dict[str, Any]], Tensor] | None
+    observer: Callable[[Site, tuple[Any, ...], dict[str, Any]], None] | None
 
     @property
     def regrouped(self) -> bool: ...
@@ -42,8 +43,9 @@ class Site:
             owner = self.owner
             if owner is None or this is not self.module:
                 return type(this).forward(this, *args, **kwargs)
-            if owner.observer is not None:
-                return owner.observer(self, args, kwargs)
+            # looks only; never traced by a compiler
+            if not torch.compiler.is_compiling() and owner.observer is not None:
+                owner.observer(self, args, kwargs)
             rows = owner.current_rows()
             if rows is None or not self.probes:
                 return type(this).forward(this, *args, **kwargs)
@@ -57,10 +59,6 @@ class Site:
         self._patched = types.MethodType(forward, module)
         # by __dict__: nn.Module.__setattr__ has nothing to add for a method
         module.__dict__["forward"] = self._patched
-
-    def plain(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The module's own forward."""
-        return type(self.module).forward(self.module, *args, **kwargs)  # type: ignore[no-any-return]
 
     def remove(self) -> None:
         """Put the module back. A wrapper that was laid over ours since keeps working: it calls the plain forward."""
