@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 @contextmanager
@@ -127,9 +126,10 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _plain(tensor: Tensor) -> bool:
     """Whether the tensor's values lie in memory of its own, one stride per dimension."""
-    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
-        return False
-    return not (is_traceable_wrapper_subclass(tensor) or is_lazy(tensor))
+    made_of_others = hasattr(tensor, "__tensor_flatten__")  # a wrapper subclass
+    return tensor.layout is torch.strided and not (
+        made_of_others or tensor.is_nested or tensor.is_meta or is_lazy(tensor)
+    )
 
 
 def _is_generator(value: Any) -> bool:

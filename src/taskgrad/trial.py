@@ -89,7 +89,7 @@ class Trial:
         assert moved.differs is not None
         places = move.moved.nonzero().squeeze(1)
         distinct = torch.tensor(False)
-        if moved.contents is not None and len(places.unique()) == len(move.source[places].unique()):
+        if moved.contents is not None and len(places) > 1:
             mixed = moved.contents[places.to(moved.contents.device)].sum(1).sort().values
             distinct = (mixed.diff() > 1e-9 * mixed.abs().max()).all()
         real = moved.differs
