@@ -68,11 +68,11 @@ class Trial:
                 fault = torch.tensor([True, False, False, False], device=device)
             else:
                 examples = [c.examples(row, other, rounding) for c, other in zip(comparisons[:2], rows, strict=False)]
-                mixed, stuck, shuffled = torch.stack(examples).any(0)
+                mixed, told, moved, shuffled = torch.stack(examples).any(0)
                 shifted = torch.zeros_like(mixed)
                 if len(rows) > 2:
                     shifted = shifted_tokens(row, rows[2:], comparisons[2:], rounding)
-                fault = torch.stack([mixed & (not self.mixes), stuck, shuffled, shifted])
+                fault = torch.stack([mixed & (not self.mixes), told & ~moved, shuffled, shifted])
             names.append(key[0])
             faults.append(fault)
         told = torch.stack([c.real.any() for c in comparisons]).all()
@@ -118,20 +118,21 @@ class Comparison:
     distinct: Tensor
 
     def examples(self, base: Row, other: Row, rounding: float) -> Tensor:
-        """Bool [3]: mixed, stuck, shuffled."""
+        """Bool [4]: a row that stood still changed; rows that moved can be told apart; one of them changed; they came out
+        in another order."""
         (before, size), (after, after_size) = merge(*base), merge(*other)
         limit = rounding * torch.maximum(size, after_size)
         changed = (before - after).abs() > limit
         came = before[self.source]
         apart = (came - before).abs() > APART * rounding * torch.maximum(size, size[self.source])
         mixed = (changed & ~self.moved).any()
-        stuck = (apart & self.real).any() & ~(changed & self.real).any()
         # dropout's masks stay where they are, so a right layer's rows need not come out as they were elsewhere; where
         # all of them do, they must do so at the places where their examples are now
         first, second = before[self.places].sort().values, after[self.places].sort().values
         same = ((first - second).abs() <= SAME * size.max()).all()
         wrong = ((after - came).abs() > APART * limit)[self.places].any()
-        return torch.stack([mixed, stuck, same & wrong & self.distinct])
+        told, moved = (apart & self.real).any(), (changed & self.real).any()
+        return torch.stack([mixed, told, moved, same & wrong & self.distinct])
 
 
 def shifted_tokens(base: Row, rows: list[Row], comparisons: list[Comparison], rounding: float) -> Tensor:

@@ -64,6 +64,7 @@ class RowCheck:
         self._suspects: dict[str, str] | None = None  # failed while a doubtful tensor was moved
         self._rows: Rows | None = None
         self._trial: Trial | None = None
+        self._called = False  # the model, in the batch that is open, whether gradients were on or not
         self._busy = False
         self._depth = 0  # of calls of the model inside the forward that is observed
         self._handles: list[Any] = []
@@ -79,7 +80,7 @@ class RowCheck:
     def enter(self, rows: Rows) -> None:
         """A tracked batch begins: until ``leave``, hooks on the model wait for its forward."""
         if self.due:
-            self._rows = rows
+            self._rows, self._called = rows, False
             before, after = RootHook(self.model, self._before), RootHook(self.model, self._after)
             self._handles = [
                 self.model.register_forward_pre_hook(before, with_kwargs=True),
@@ -93,8 +94,8 @@ class RowCheck:
         for handle in self._handles:
             handle.remove()
         self._handles, self._depth, self.owner.observer = [], 0, None
-        if rows is None or (trial is None and (failed or not torch.is_grad_enabled())):
-            return False
+        if rows is None or (trial is None and (failed or self._called or not torch.is_grad_enabled())):
+            return False  # nothing to do, or an evaluation
         self.attempts += 1
         if trial is None:
             self.told, self.reason = False, NOT_CALLED
@@ -124,6 +125,7 @@ class RowCheck:
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._busy or torch.compiler.is_compiling():
             return
+        self._called = True
         if self._depth:
             self._depth += 1
         elif self._trial is None and self._rows is not None and torch.is_grad_enabled() and not in_backward():
