@@ -393,6 +393,30 @@ def test_by_hand_after_it_was_given_up() -> None:
     assert Counting.calls == 3
 
 
+def test_by_hand_in_the_first_batch_is_the_only_time() -> None:
+    model = Counting()
+    tracker = tg.track(model, TASKS)
+    Counting.calls = 0
+    with tracker.batch(torch.arange(6) % 2):
+        tracker.verify(floats())
+        model(floats())
+    assert Counting.calls == 4 and tracker.coverage().verified
+    other = tg.track(Counting(), TASKS)
+    with other.batch(torch.arange(6) % 2):
+        other.verify(floats())
+    assert other.coverage().verified
+
+
+def test_a_state_that_was_verified_is_not_checked_again() -> None:
+    tracker = first_batch(model := Counting(), floats())
+    state = tracker.state_dict()
+    tracker.remove()
+    later = tg.track(model, TASKS)
+    later.load_state_dict(state)
+    Counting.calls = 0
+    assert step(later, model, floats()).verified and Counting.calls == 1
+
+
 def test_a_tensor_as_long_as_the_batch_that_is_none() -> None:
     """Weights of features: moved with the examples they change every row. The next batch leaves them."""
 
@@ -457,9 +481,11 @@ def test_suspects_are_left_out_if_no_batch_can_clear_them() -> None:
     model = Weighted(torch.arange(6).roll(1))
     tracker = first_batch(model, floats(), torch.rand(6))
     assert not step(tracker, model, torch.ones(6, 7), torch.ones(6)).verified and not failing(tracker)
-    with pytest.warns(UserWarning, match="inner"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         coverage = step(tracker, model, torch.ones(6, 7), torch.ones(6))
     assert not coverage.verified and "inner.weight" in coverage.unattributed
+    assert {"not verified" in str(w.message) for w in caught} == {True, False}
 
 
 def test_hooks_that_change_the_input_run_once_a_forward() -> None:

@@ -118,8 +118,8 @@ class Comparison:
     distinct: Tensor
 
     def examples(self, base: Row, other: Row, rounding: float) -> Tensor:
-        """Bool [4]: a row that stood still changed; rows that moved can be told apart; one of them changed; they came out
-        in another order."""
+        """Bool [4]: a row that stood still changed; rows that moved can be told apart; one of these changed; they came
+        out in another order."""
         (before, size), (after, after_size) = merge(*base), merge(*other)
         limit = rounding * torch.maximum(size, after_size)
         changed = (before - after).abs() > limit

@@ -77,6 +77,11 @@ class RowCheck:
     def given_up(self) -> bool:
         return self.enabled and not self.verified and self.attempts == TRIES
 
+    @property
+    def _open(self) -> bool:
+        """Whether the batch waits for its first forward."""
+        return self._rows is not None and self._trial is None and not self.verified
+
     def enter(self, rows: Rows) -> None:
         """A tracked batch begins: until ``leave``, hooks on the model wait for its forward."""
         if self.due:
@@ -94,7 +99,7 @@ class RowCheck:
         for handle in self._handles:
             handle.remove()
         self._handles, self._depth, self.owner.observer = [], 0, None
-        if rows is None or (trial is None and (failed or self._called or not torch.is_grad_enabled())):
+        if rows is None or self.verified or (trial is None and (failed or self._called or not torch.is_grad_enabled())):
             return False  # nothing to do, or an evaluation
         self.attempts += 1
         if trial is None:
@@ -128,7 +133,8 @@ class RowCheck:
         self._called = True
         if self._depth:
             self._depth += 1
-        elif self._trial is None and self._rows is not None and torch.is_grad_enabled() and not in_backward():
+        elif self._open and torch.is_grad_enabled() and not in_backward():
+            assert self._rows is not None
             # not by model(...): the hooks that have run already would run again
             self._trial = self._perturb(self.model.forward, self._rows, args, kwargs)
             self.owner.observer = self._trial.base

@@ -1,0 +1,105 @@
+"""The price of the first tracked step: rows verified by two more forward passes, sums over tasks compared.
+
+A GPT-like decoder of GPT-2's width trained with AdamW on random tokens. ``first`` is ``tg.track`` and one step with
+the checks on, ``unchecked`` the same with ``verify=False``, ``later`` a step of a tracker whose checks are behind it;
+the difference of the first two, in plain steps, is what the checks cost a run, once.
+
+    python -m benchmarks.verify [--device cpu|cuda] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import taskgrad as tg
+
+from . import timing
+from .models import Decoder, Setting, losses
+
+SETTINGS = {
+    "cpu": [Setting(256, 128, 4, 32, 64, 8), Setting(1024, 768, 2, 4, 128, 4), Setting(50304, 768, 2, 4, 128, 4)],
+    "cuda": [Setting(50304, 768, 12, 8, 1024, 8)],
+}
+CHECKED = 4  # steps after which only one in a hundred is checked
+
+
+def variants(s: Setting, device: torch.device) -> dict[str, Callable[[], Any]]:
+    torch.manual_seed(0)
+    model = Decoder(s).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    tokens = torch.randint(0, s.vocab, (s.batch, s.length + 1), device=device)
+    ids = torch.arange(s.batch) * s.tasks // s.batch
+    names = [str(t) for t in range(s.tasks)]
+    half = device.type == "cuda"
+
+    def plain() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            losses(model, tokens).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def step(tracker: tg.TaskGradTracker) -> None:
+        with tracker.batch(ids):
+            plain()
+
+    def first(verify: bool) -> Callable[[], None]:
+        def run() -> None:
+            tracker = tg.track(model, names, optimizer, verify=verify)
+            step(tracker)
+            tracker.remove()
+
+        return run
+
+    other = Decoder(s).to(device)
+    other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-4)
+    settled = tg.track(other, names, other_optimizer)
+
+    def later() -> None:
+        with settled.batch(ids), torch.autocast(device.type, torch.bfloat16, enabled=half):
+            losses(other, tokens).mean().backward()
+        other_optimizer.step()
+        other_optimizer.zero_grad()
+
+    for _ in range(CHECKED):
+        later()
+    return {"plain": plain, "later": later, "unchecked": first(False), "first": first(True)}
+
+
+def run(settings: list[Setting], device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """Print the table; the rows of it."""
+    rows = []
+    table = Table(title=f"first tracked step on {device}, ms (median)")
+    for column in ("parameters", "width", "rows", "T", "plain", "later", "unchecked", "first", "checks / plain"):
+        table.add_column(column, justify="right")
+    for s in settings:
+        times = timing.interleaved(variants(s, device), device, rounds, warmup=1)
+        ms = {name: timing.quartiles(values) for name, values in times.items()}
+        three = zip(times["first"], times["unchecked"], times["plain"], strict=True)
+        cost = timing.quartiles([(a - b) / c for a, b, c in three])
+        size = sum(p.numel() for p in Decoder(s).parameters())
+        rows.append({**asdict(s), "parameters": size, "ms": ms, "checks": cost})
+        cells = [f"{ms[name][1]:.1f}" for name in ("plain", "later", "unchecked", "first")]
+        table.add_row(f"{size:,}", str(s.width), str(s.batch * s.length), str(s.tasks), *cells, f"{cost[1]:.2f}")
+    Console(width=120).print(table)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    rows = run(SETTINGS[args.device], device, args.rounds)
+    print(f"written to {timing.save('verify', device, rows)}")
+
+
+if __name__ == "__main__":
+    main()
