@@ -1,8 +1,8 @@
 """The price of the first tracked step: rows verified by two more forward passes, sums over tasks compared.
 
-A GPT-like decoder of GPT-2's width trained with AdamW on random tokens. ``first`` is ``tg.track`` and one step with
-the checks on, ``unchecked`` the same with ``verify=False``, ``later`` a step of a tracker whose checks are behind it;
-the difference of the first two, in plain steps, is what the checks cost a run, once.
+A GPT-like decoder trained with AdamW on random tokens. ``first`` is ``tg.track`` and one step with the checks on,
+``unchecked`` the same with ``verify=False``, ``later`` a step of a tracker whose checks are behind it; the difference
+of the first two, in plain steps, is what the checks cost a run, once.
 
     python -m benchmarks.verify [--device cpu|cuda] [--rounds 5]
 """
@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 import taskgrad as tg
 
@@ -32,44 +34,36 @@ CHECKED = 4  # steps after which only one in a hundred is checked
 
 def variants(s: Setting, device: torch.device) -> dict[str, Callable[[], Any]]:
     torch.manual_seed(0)
-    model = Decoder(s).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     tokens = torch.randint(0, s.vocab, (s.batch, s.length + 1), device=device)
     ids = torch.arange(s.batch) * s.tasks // s.batch
     names = [str(t) for t in range(s.tasks)]
-    half = device.type == "cuda"
 
-    def plain() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = Decoder(s).to(device)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, context: AbstractContextManager[object]) -> None:
+        with context, torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             losses(model, tokens).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    def step(tracker: tg.TaskGradTracker) -> None:
-        with tracker.batch(ids):
-            plain()
+    def first(verify: bool) -> None:
+        tracker = tg.track(model, names, optimizer, verify=verify)
+        step(model, optimizer, tracker.batch(ids))
+        tracker.remove()
 
-    def first(verify: bool) -> Callable[[], None]:
-        def run() -> None:
-            tracker = tg.track(model, names, optimizer, verify=verify)
-            step(tracker)
-            tracker.remove()
-
-        return run
-
-    other = Decoder(s).to(device)
-    other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-4)
-    settled = tg.track(other, names, other_optimizer)
-
-    def later() -> None:
-        with settled.batch(ids), torch.autocast(device.type, torch.bfloat16, enabled=half):
-            losses(other, tokens).mean().backward()
-        other_optimizer.step()
-        other_optimizer.zero_grad()
-
+    model, optimizer = make()
+    tracked, its_optimizer = make()
+    settled = tg.track(tracked, names, its_optimizer)
     for _ in range(CHECKED):
-        later()
-    return {"plain": plain, "later": later, "unchecked": first(False), "first": first(True)}
+        step(tracked, its_optimizer, settled.batch(ids))
+    return {
+        "plain": lambda: step(model, optimizer, nullcontext()),
+        "later": lambda: step(tracked, its_optimizer, settled.batch(ids)),
+        "unchecked": lambda: first(False),
+        "first": lambda: first(True),
+    }
 
 
 def run(settings: list[Setting], device: torch.device, rounds: int) -> list[dict[str, Any]]:
@@ -81,8 +75,8 @@ def run(settings: list[Setting], device: torch.device, rounds: int) -> list[dict
     for s in settings:
         times = timing.interleaved(variants(s, device), device, rounds, warmup=1)
         ms = {name: timing.quartiles(values) for name, values in times.items()}
-        three = zip(times["first"], times["unchecked"], times["plain"], strict=True)
-        cost = timing.quartiles([(a - b) / c for a, b, c in three])
+        together = zip(times["first"], times["unchecked"], times["plain"], strict=True)
+        cost = timing.quartiles([(checked - unchecked) / plain for checked, unchecked, plain in together])
         size = sum(p.numel() for p in Decoder(s).parameters())
         rows.append({**asdict(s), "parameters": size, "ms": ms, "checks": cost})
         cells = [f"{ms[name][1]:.1f}" for name in ("plain", "later", "unchecked", "first")]

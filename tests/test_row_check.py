@@ -518,6 +518,52 @@ def test_the_number_of_passes(make: type[Counting], args: tuple[Tensor, ...], id
     assert tracker.coverage().verified
 
 
+@pytest.mark.parametrize("output", [True, False])
+def test_an_optimizer_step_inside_the_batch_is_already_without_the_layer(output: bool) -> None:
+    """Also where the model gives back nothing (it keeps its loss, say)."""
+
+    class Keeps(Reordered):
+        def forward(self, x: Tensor) -> Tensor | None:  # type: ignore[override]
+            self.loss = super().forward(x).square().mean()
+            return self.loss if output else None
+
+    model = Keeps(torch.arange(6).roll(1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    tracker = tg.track(model, TASKS, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with tracker.batch(torch.arange(6) % 2):
+            model(floats())
+            model.loss.backward()
+            if output:
+                optimizer.step()
+        if not output:
+            optimizer.step()
+    assert set(failing(tracker)) == {"inner"} and tracker.report().valid
+    inner = tracker._probes.probes["inner.weight"].columns
+    assert tracker._steps.gradient is not None and not tracker._steps.gradient[:, inner].any()
+
+
+def test_a_forward_that_raised_and_was_called_again() -> None:
+    class Once(Reordered):
+        full = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.stem(x)
+            if torch.is_grad_enabled() and self.full:
+                self.full = False
+                raise torch.OutOfMemoryError("too large")
+            return self.head(out)
+
+    model = Once(torch.arange(6))
+    tracker = tg.track(model, TASKS)
+    with tracker.batch(torch.arange(6) % 2):
+        with pytest.raises(torch.OutOfMemoryError):
+            model(floats())
+        model(floats())
+    assert not failing(tracker)
+
+
 def test_evaluation_is_not_a_try() -> None:
     model = Counting()
     tracker = tg.track(model, TASKS)

@@ -73,7 +73,7 @@ class TaskGradTracker:
         )
         self._removed = False
         self._hooks = StepHooks(optimizers, self._steps.read, self._steps.close) if optimizers else None
-        self._row_check = RowCheck(model, self._batches, enabled=verify)
+        self._row_check = RowCheck(model, self._batches, self._probes.sites, enabled=verify)
 
     def batch(self, ids: Tensor, weight: Tensor | None = None, *, loss_weight: Any = None) -> Batch:
         """Attribute the rows of the forward pass inside the context to tasks.
@@ -128,21 +128,14 @@ class TaskGradTracker:
 
     def _leave(self, batch: Batch, failed: bool) -> None:
         self._batches.leave(batch, failed)
-        news = self._row_check.leave(failed)
-        self._heed_row_check()
-        if news and self._row_check.given_up:
+        tried = self._row_check.leave(failed)
+        self._steps.drop_unattributed()
+        if tried and self._row_check.given_up:
             warnings.warn(
                 f"taskgrad: the rows of the layers were not verified: {self._row_check.reason}; call "
                 "tracker.verify(*inputs) inside tracker.batch() with a batch that can tell, or pass verify=False",
                 stacklevel=4,
             )
-
-    def _heed_row_check(self) -> None:
-        """Leave out the layers whose rows are not the batch's."""
-        for site in self._probes.sites:
-            if site.reason is None:
-                site.reason = self._row_check.failing.get(site.name)
-        self._steps.drop_unattributed()
 
     def step(self) -> None:
         """Close the step by hand, for a tracker without optimizer: after the update, before gradients are zeroed."""
@@ -189,7 +182,6 @@ class TaskGradTracker:
         if self._batches.active is None:
             raise RuntimeError("verify() needs the ids: call it inside `with tracker.batch(ids):`")
         self._row_check.by_hand(self._batches.active.task_rows, args, kwargs)
-        self._heed_row_check()
         return self.coverage()
 
     def probe(self, loss: Callable[[], Tensor]) -> StepProbe:

@@ -18,13 +18,13 @@ The number of passes depends on the shape of the ids alone, for on several ranks
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .capture.site import Owner
+from .capture.site import Owner, Site
 from .closing import in_backward
 from .fingerprint import Trace
 from .isolation import Snapshot
@@ -36,6 +36,7 @@ TRIES = 3
 
 NOT_TRIED = "no tracked batch has been checked yet"
 NOT_CALLED = "the model was not called as model(...) in eager mode"
+FAILED = "the forward raised"
 RAISED = "a pass of the model on the batch with examples exchanged raised"
 DOUBTFUL = "layers failed, but one of the inputs of shape (B,) or (B, B) may not be the batch's"
 
@@ -44,7 +45,7 @@ class RowCheck:
     """Tries on the first tracked batches, three at most, until one could tell.
 
     On several ranks these are what the ranks must agree on before the next batch: whether there is a next try depends
-    on ``attempts`` and ``verified``.
+    on ``attempts`` and ``verified`` alone.
 
     Attributes:
         attempts: batches on which a try was made.
@@ -54,18 +55,19 @@ class RowCheck:
         failing: site name -> why its rows are not the batch's; complete once ``verified`` or given up.
     """
 
-    def __init__(self, model: nn.Module, owner: Owner, enabled: bool) -> None:
-        self.model, self.owner, self.enabled = model, owner, enabled
+    def __init__(self, model: nn.Module, owner: Owner, sites: Sequence[Site], enabled: bool) -> None:
+        self.model, self.owner, self.sites, self.enabled = model, owner, sites, enabled
         self.attempts = 0
         self.verified = False
         self.told = False
         self.reason: str | None = NOT_TRIED
         self.failing: dict[str, str] = {}
         self._suspects: dict[str, str] | None = None  # failed while a doubtful tensor was moved
-        self._rows: Rows | None = None
-        self._trial: Trial | None = None
-        self._called = False  # the model, in the batch that is open, whether gradients were on or not
-        self._busy = False
+        self._rows: Rows | None = None  # of the batch that is open, if it is to be tried
+        self._called = False  # the model, in that batch, whether gradients were on or not
+        self._tried = False
+        self._trial: Trial | None = None  # not settled yet
+        self._busy = False  # with passes of its own
         self._depth = 0  # of calls of the model inside the forward that is observed
         self._handles: list[Any] = []
 
@@ -77,15 +79,10 @@ class RowCheck:
     def given_up(self) -> bool:
         return self.enabled and not self.verified and self.attempts == TRIES
 
-    @property
-    def _open(self) -> bool:
-        """Whether the batch waits for its first forward."""
-        return self._rows is not None and self._trial is None and not self.verified
-
     def enter(self, rows: Rows) -> None:
         """A tracked batch begins: until ``leave``, hooks on the model wait for its forward."""
         if self.due:
-            self._rows, self._called = rows, False
+            self._rows, self._called, self._tried = rows, False, False
             before, after = RootHook(self.model, self._before), RootHook(self.model, self._after)
             self._handles = [
                 self.model.register_forward_pre_hook(before, with_kwargs=True),
@@ -93,23 +90,25 @@ class RowCheck:
             ]
 
     def leave(self, failed: bool) -> bool:
-        """The batch is over; ``failed``: by an exception. True if ``verified``, ``reason`` or ``failing`` is news."""
+        """The batch is over; ``failed``: by an exception. True if it was a try."""
         rows, self._rows = self._rows, None
         trial, self._trial = self._trial, None
         for handle in self._handles:
             handle.remove()
         self._handles, self._depth, self.owner.observer = [], 0, None
-        if rows is None or self.verified or (trial is None and (failed or self._called or not torch.is_grad_enabled())):
-            return False  # nothing to do, or an evaluation
-        self.attempts += 1
-        if trial is None:
+        if rows is None:
+            return False
+        if not self._tried:
+            if self.verified or failed or self._called or not torch.is_grad_enabled():
+                return False  # by hand, or an evaluation
             self.told, self.reason = False, NOT_CALLED
-        elif failed:
-            self.told, self.reason = False, "the forward raised"
-        else:
+        elif trial is not None and failed:
+            self.told, self.reason = False, FAILED
+        elif trial is not None:
             self._settle(trial)
+        self.attempts += 1
         if self.given_up and self._suspects:
-            self.failing = self._suspects
+            self._leave_out(self._suspects)
         return True
 
     def by_hand(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -133,19 +132,22 @@ class RowCheck:
         self._called = True
         if self._depth:
             self._depth += 1
-        elif self._open and torch.is_grad_enabled() and not in_backward():
-            assert self._rows is not None
+        elif self._rows is None or self._tried or self.verified or not torch.is_grad_enabled() or in_backward():
+            return
+        else:
             # not by model(...): the hooks that have run already would run again
             self._trial = self._perturb(self.model.forward, self._rows, args, kwargs)
-            self.owner.observer = self._trial.base
-            self._depth = 1
+            self._tried, self._depth, self.owner.observer = True, 1, self._trial.base
 
-    def _after(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._busy or torch.compiler.is_compiling() or not self._depth:
             return
         self._depth -= 1
         if not self._depth:
             self.owner.observer = None
+            if self._trial is not None and output is not None:  # None: it may have raised, ``leave`` knows
+                trial, self._trial = self._trial, None
+                self._settle(trial)
 
     def _perturb(self, call: Callable[..., Any], rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trial:
         """The passes on moved inputs."""
@@ -158,7 +160,11 @@ class RowCheck:
         norms = (m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
         trial = Trial(Trace(self.owner, shape), mixes=shape[0] == 2 and any(m.training for m in norms))
         leave_doubtful = self._suspects is not None
-        snapshot = Snapshot(self.model)
+        try:
+            snapshot = Snapshot(self.model)
+        except Exception as error:  # no room, or a tensor of an unknown kind
+            trial.error = f"the model's tensors cannot be copied: {type(error).__name__}: {error}"
+            return trial
         for move in moves:
             trace = Trace(self.owner, shape)
             try:
@@ -189,8 +195,14 @@ class RowCheck:
             self._suspects, self.told, self.reason = failing, False, DOUBTFUL
         elif self.told:
             suspects = failing if self._suspects is None else self._suspects
-            self.failing = {name: reason for name, reason in failing.items() if name in suspects}
+            self._leave_out({name: reason for name, reason in failing.items() if name in suspects})
             self.verified, self._suspects = True, None
+
+    def _leave_out(self, failing: dict[str, str]) -> None:
+        self.failing = failing
+        for site in self.sites:
+            if site.reason is None:
+                site.reason = failing.get(site.name)
 
 
 class RootHook:
@@ -201,7 +213,7 @@ class RootHook:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
         if self.function is not None and model is self.model:
-            self.function(args, kwargs)
+            self.function(args, kwargs, *output)
 
     def __reduce__(self) -> tuple[type[RootHook], tuple[()]]:
         return RootHook, ()
