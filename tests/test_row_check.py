@@ -114,11 +114,32 @@ def test_no_false_alarm_in_bfloat16(name: str) -> None:
     assert tracker.coverage().verified and not failing(tracker)
 
 
-def test_many_batch_norms_in_float32() -> None:
+class Activated(nn.BatchNorm2d):
+    """timm's way: a subclass with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, True, 0.1).relu()
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, Activated])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_many_batch_norms(dtype: torch.dtype, norm: type[nn.BatchNorm2d]) -> None:
     """Exchanged examples are summed in another order; the rounding errors grow from layer to layer."""
-    layers = [m for _ in range(30) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())]
-    tracker = first_batch(nn.Sequential(nn.Conv2d(3, 8, 1), *layers), floats(16, 3, 9, 9))
-    assert tracker.coverage().verified and not failing(tracker)
+    layers = [m for _ in range(40) for m in (nn.Conv2d(8, 8, 3, padding=1, bias=False), norm(8), nn.ReLU())]
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), *layers)
+    want = {name: b.clone() for name, b in model.named_buffers()}
+    tracker = tg.track(model, TASKS)
+    with tracker.batch(torch.arange(16) % 2), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        assert tracker.verify(floats(16, 3, 9, 9)).verified
+        assert all(torch.equal(b, want[name]) for name, b in model.named_buffers())
+        model(floats(16, 3, 9, 9))
+    assert not failing(tracker)
+
+
+def test_an_order_behind_batch_norms_is_told() -> None:
+    for order in (torch.arange(8).roll(1), torch.arange(8).flip(0)):
+        model = nn.Sequential(batch_norm(), nn.Linear(2, 7), nn.BatchNorm1d(7), Reordered(order))
+        assert set(failing(first_batch_quietly(model, floats(8)))) == {"3.inner"}
 
 
 def test_what_all_examples_have_alike_cannot_be_told_and_stays() -> None:
@@ -327,6 +348,14 @@ class Counting(nn.Module):
         return self.second(torch.tanh(self.first(self.get(batch))))
 
 
+class CountingNorm(Counting):
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 2))
+
+
 UNTELLING: dict[str, tuple[Any, Callable[[Any], Tensor], int, str]] = {
     "one example": (floats(1), lambda b: b, 1, "differ"),
     "equal rows": (floats(1).expand(6, 7), lambda b: b, 6, "differ"),
@@ -504,8 +533,9 @@ def test_hooks_that_change_the_input_run_once_a_forward() -> None:
     [
         (Counting, (floats(),), torch.arange(6) % 2, 3),
         (Counting, (torch.randn(6, 5, 7),), torch.zeros(6, 5, dtype=torch.int64), 5),
+        (CountingNorm, (torch.randn(6, 7),), torch.arange(6) % 2, 4),
     ],
-    ids=["per example", "per token"],
+    ids=["per example", "per token", "BatchNorm"],
 )
 def test_the_number_of_passes(make: type[Counting], args: tuple[Tensor, ...], ids: Tensor, calls: int) -> None:
     model = make()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +115,8 @@ def apply(
 
 
 def rebuild(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of ``value`` with every tensor in tuples, lists, mappings and dataclasses replaced by ``change`` of it."""
+    """A copy of ``value`` with every tensor in tuples, lists, mappings and dataclasses replaced by ``change`` of it.
+    Raises TypeError for an iterator, which cannot be copied."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -134,6 +135,8 @@ def rebuild(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return new
     if isinstance(value, nn.Module):
         return value
+    if isinstance(value, Iterator):
+        raise TypeError(f"an input of type {type(value).__name__} can be read only once")
     try:
         return copy.deepcopy(value)
     except Exception:  # whatever an object's own copying raises: it is handed over as it is

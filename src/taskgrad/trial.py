@@ -32,14 +32,12 @@ class Trial:
 
     Attributes:
         base: the forward on the batch as it is.
-        mixes: the passes change what the examples have in common, so rows that stood still may change.
         passes: on moved inputs: two with examples moved, and with ids per token two with tokens moved.
         error: a pass could not be run, and why.
         failing: site name -> reason, once ``verdict`` was asked.
     """
 
     base: Trace
-    mixes: bool
     passes: list[tuple[Move, Moved, Trace]] = field(default_factory=list)
     error: str | None = None
     failing: dict[str, str] = field(default_factory=dict)
@@ -55,16 +53,16 @@ class Trial:
         base = self.base.rows
         if any(moved.differs is None for _, moved, _ in self.passes):
             return NO_INPUT
-        if not base:
-            return NO_LAYER
-        device = next(iter(base.values()))[0].device
+        device = next((sums.device for sums, _ in base.values()), torch.device("cpu"))
         comparisons = [self._comparison(move, moved, device) for move, moved, _ in self.passes]
         rounding = max(trace.rounding for trace in (self.base, *(trace for _, _, trace in self.passes)))
         names, faults = [], []
         for key, row in base.items():
             others = [trace.rows.get(key) for _, _, trace in self.passes]
             rows = [other for other in others if other is not None and other[0].shape == row[0].shape]
-            if len(rows) < len(others):  # the call did not take place
+            if not rows:  # a call that takes place with gradients only
+                continue
+            if len(rows) < len(others):  # whether it takes place depends on where the examples are
                 fault = torch.tensor([True, False, False, False], device=device)
             else:
                 examples = [c.examples(row, other, rounding) for c, other in zip(comparisons[:2], rows, strict=False)]
@@ -72,9 +70,11 @@ class Trial:
                 shifted = torch.zeros_like(mixed)
                 if len(rows) > 2:
                     shifted = shifted_tokens(row, rows[2:], comparisons[2:], rounding)
-                fault = torch.stack([mixed & (not self.mixes), told & ~moved, shuffled, shifted])
+                fault = torch.stack([mixed, told & ~moved, shuffled, shifted])
             names.append(key[0])
             faults.append(fault)
+        if not faults:
+            return NO_LAYER
         told = torch.stack([c.real.any() for c in comparisons]).all()
         found = torch.cat([told.view(1), torch.stack(faults).flatten()]).tolist()
         if not found[0]:

@@ -9,21 +9,25 @@ other half. What the layers see is compared with what they see in the forward of
 - of the rows that moved one must change, where they can be told apart at all: else the rows are not the batch's;
 - the rows that moved must not come out in another order among themselves.
 
-With an id per token two more passes ask whether the row of a token changes with the token. Layers that see every
-example alike (a branch that is zero at the start, one position for all) cannot be told and pass; so does what depends
-on the batch as a whole (BatchNorm in training mode): that is row attribution.
+Where BatchNorm trains, a third pass takes the place of training's forward (``batch_statistics`` says why). With an id
+per token two more passes ask whether the row of a token changes with the token. Layers that see every example alike (a
+branch that is zero at the start, one position for all) cannot be told and pass; so does what depends on the batch as a
+whole (BatchNorm in training mode): that is row attribution.
 
-The number of passes depends on the shape of the ids alone, for on several ranks a forward may hold collectives.
+The number of passes depends on the model and the number of the ids' dimensions alone: on several ranks a forward may
+hold collectives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from .batch_statistics import BatchStatistics, batch_norm_trains
 from .capture.site import Owner, Site
 from .closing import in_backward
 from .fingerprint import Trace
@@ -69,6 +73,7 @@ class RowCheck:
         self._trial: Trial | None = None  # not settled yet
         self._busy = False  # with passes of its own
         self._depth = 0  # of calls of the model inside the forward that is observed
+        self._hooks = RootHook(model, self._before), RootHook(model, self._after)
         self._handles: list[Any] = []
 
     @property
@@ -83,10 +88,9 @@ class RowCheck:
         """A tracked batch begins: until ``leave``, hooks on the model wait for its forward."""
         if self.due:
             self._rows, self._called, self._tried = rows, False, False
-            before, after = RootHook(self.model, self._before), RootHook(self.model, self._after)
             self._handles = [
-                self.model.register_forward_pre_hook(before, with_kwargs=True),
-                self.model.register_forward_hook(after, with_kwargs=True, always_call=True),
+                self.model.register_forward_pre_hook(self._hooks[0], with_kwargs=True),
+                self.model.register_forward_hook(self._hooks[1], with_kwargs=True, always_call=True),
             ]
 
     def leave(self, failed: bool) -> bool:
@@ -114,15 +118,7 @@ class RowCheck:
     def by_hand(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The same at once, with a pass of its own instead of the forward of training."""
         for _ in range(2):
-            trial = self._perturb(self.model, rows, args, kwargs)
-            still = apply(Move(torch.arange(rows.shape[0], device="cpu")), args, kwargs, rows.shape, True)
-            snapshot = Snapshot(self.model)
-            try:
-                with torch.no_grad():
-                    self._observe(trial.base, self.model, still)
-            finally:
-                snapshot.restore()
-            self._settle(trial)
+            self._settle(self._perturb(self.model, rows, args, kwargs, by_hand=True))
             if self.told or self._suspects is None:
                 return
 
@@ -136,8 +132,12 @@ class RowCheck:
             return
         else:
             # not by model(...): the hooks that have run already would run again
-            self._trial = self._perturb(self.model.forward, self._rows, args, kwargs)
-            self._tried, self._depth, self.owner.observer = True, 1, self._trial.base
+            trial = self._perturb(self.model.forward, self._rows, args, kwargs)
+            self._tried = True
+            if batch_norm_trains(self.model):
+                self._settle(trial)
+            else:
+                self._trial, self._depth, self.owner.observer = trial, 1, trial.base
 
     def _after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._busy or torch.compiler.is_compiling() or not self._depth:
@@ -149,43 +149,60 @@ class RowCheck:
                 trial, self._trial = self._trial, None
                 self._settle(trial)
 
-    def _perturb(self, call: Callable[..., Any], rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trial:
-        """The passes on moved inputs."""
+    def _perturb(
+        self,
+        call: Callable[..., Any],
+        rows: Rows,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        by_hand: bool = False,
+    ) -> Trial:
+        """The passes on moved inputs, and one on the inputs as they are where training's forward cannot serve."""
         shape = rows.shape
         generator = torch.Generator("cpu").manual_seed(self.attempts)
         moves = example_moves(shape[0], generator)
         if len(shape) == 2:
             moves += token_moves(shape[1], generator)
-        # of two examples one replaces the other, which changes the statistics of a batch
-        norms = (m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-        trial = Trial(Trace(self.owner, shape), mixes=shape[0] == 2 and any(m.training for m in norms))
+        trial = Trial(base=Trace(self.owner, shape))
+        plan = [(move, Trace(self.owner, shape)) for move in moves]
+        statistics: BatchStatistics | nullcontext[None] = nullcontext()
+        if batch_norm_trains(self.model):
+            statistics = BatchStatistics()
+        if by_hand or batch_norm_trains(self.model):
+            plan.insert(0, (Move(torch.arange(shape[0], device="cpu")), trial.base))
         leave_doubtful = self._suspects is not None
+
+        def run(move: Move, trace: Trace) -> None:
+            try:
+                with torch.no_grad(), statistics:
+                    moved = apply(move, args, kwargs, shape, leave_doubtful)
+                    self._observe(trace, lambda: call(*moved.args, **moved.kwargs))
+                moved.args, moved.kwargs = (), {}  # what the pass was for is in the trace
+                if trace is not trial.base:
+                    trial.passes.append((move, moved, trace))
+            except Exception as error:
+                if by_hand and trace is trial.base:
+                    raise
+                # if it is the model's fault, the forward of training will raise it
+                trial.error = f"{RAISED} {type(error).__name__}: {error}"
+            finally:
+                snapshot.restore()
+
         try:
             snapshot = Snapshot(self.model)
         except Exception as error:  # no room, or a tensor of an unknown kind
             trial.error = f"the model's tensors cannot be copied: {type(error).__name__}: {error}"
             return trial
-        for move in moves:
-            trace = Trace(self.owner, shape)
-            try:
-                with torch.no_grad():
-                    moved = apply(move, args, kwargs, shape, leave_doubtful)
-                    trial.passes.append((move, moved, trace))
-                    self._observe(trace, call, moved)
-            except Exception as error:  # if it is the model's fault, the forward of training will raise it
-                trial.error = f"{RAISED} {type(error).__name__}: {error}"
-            finally:
-                snapshot.restore()
+        for move, trace in plan:
+            run(move, trace)
         return trial
 
-    def _observe(self, trace: Trace, call: Callable[..., Any], inputs: Moved) -> None:
+    def _observe(self, trace: Trace, run: Callable[[], object]) -> None:
         self._busy, self.owner.observer = True, trace
         try:
-            call(*inputs.args, **inputs.kwargs)
+            run()
         finally:
             self._busy, self.owner.observer = False, None
-            # what the passes are run for is in the trace
-            inputs.args, inputs.kwargs = (), {}
 
     def _settle(self, trial: Trial) -> None:
         self.reason = trial.error or trial.verdict()
