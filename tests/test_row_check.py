@@ -630,3 +630,30 @@ def test_no_hook_stays_on_the_model() -> None:
         assert all(hooks[:2])
         raise KeyError
     assert not any(hooks)
+
+
+@pytest.mark.parametrize("way", ["wrapped", "in place"])
+def test_waiting_for_a_call_does_not_compile_again(way: str) -> None:
+    """Hooks come and go with the batch; compiled code is not looked into, and keeps being valid."""
+    torch._dynamo.reset()
+    counts = torch._dynamo.utils.counters["stats"]
+    model = nn.Sequential(nn.Linear(7, 8), nn.Linear(8, 2))
+    tracker = tg.track(model, TASKS)
+    call: Callable[[Tensor], Tensor] = model
+    if way == "wrapped":
+        call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    else:
+        model.compile(backend="aot_eager", fullgraph=True)
+    before, seen = counts["unique_graphs"], []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            with tracker.batch(torch.arange(6) % 2):
+                call(floats()).sum().backward()
+            seen.append(counts["unique_graphs"] - before)
+            tracker.step()
+            model.zero_grad()
+    assert seen[:3] == [1, 1, 1] and seen[-1] <= 2
+    assert [str(w.message) for w in caught if "not verified" in str(w.message) and "model(...)" in str(w.message)]
+    with tracker.batch(torch.arange(6) % 2):
+        assert tracker.verify(floats()).verified

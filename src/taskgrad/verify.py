@@ -32,7 +32,8 @@ from .capture.site import Owner, Site
 from .closing import in_backward
 from .fingerprint import Trace
 from .isolation import Snapshot
-from .moves import Move, Moved, apply, example_moves, token_moves
+from .moves import Move, apply, example_moves, token_moves
+from .root_hooks import RootHooks
 from .rows import Rows
 from .trial import Trial
 
@@ -73,8 +74,7 @@ class RowCheck:
         self._trial: Trial | None = None  # not settled yet
         self._busy = False  # with passes of its own
         self._depth = 0  # of calls of the model inside the forward that is observed
-        self._hooks = RootHook(model, self._before), RootHook(model, self._after)
-        self._handles: list[Any] = []
+        self._hooks = RootHooks(model, self._before, self._after)
 
     @property
     def due(self) -> bool:
@@ -88,18 +88,14 @@ class RowCheck:
         """A tracked batch begins: until ``leave``, hooks on the model wait for its forward."""
         if self.due:
             self._rows, self._called, self._tried = rows, False, False
-            self._handles = [
-                self.model.register_forward_pre_hook(self._hooks[0], with_kwargs=True),
-                self.model.register_forward_hook(self._hooks[1], with_kwargs=True, always_call=True),
-            ]
+            self._hooks.put()
 
     def leave(self, failed: bool) -> bool:
         """The batch is over; ``failed``: by an exception. True if it was a try."""
         rows, self._rows = self._rows, None
         trial, self._trial = self._trial, None
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._depth, self.owner.observer = [], 0, None
+        self._hooks.take_away()
+        self._depth, self.owner.observer = 0, None
         if rows is None:
             return False
         if not self._tried:
@@ -220,17 +216,3 @@ class RowCheck:
         for site in self.sites:
             if site.reason is None:
                 site.reason = failing.get(site.name)
-
-
-class RootHook:
-    """Hands the calls of ``model`` to ``function``. On a copy or a pickle of the model it does nothing."""
-
-    def __init__(self, model: nn.Module | None = None, function: Callable[..., None] | None = None) -> None:
-        self.model, self.function = model, function
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
-        if self.function is not None and model is self.model:
-            self.function(args, kwargs, *output)
-
-    def __reduce__(self) -> tuple[type[RootHook], tuple[()]]:
-        return RootHook, ()
