@@ -18,7 +18,7 @@ REASONS = (MIXED, STUCK, SHUFFLED, SHIFTED)
 
 NO_INPUT = "no tensor of the model's input has the shape of the ids as its leading dimensions"
 ALIKE = "the batch has too few examples or tokens that differ"
-NO_LAYER = "no layer was seen that works on the rows of the batch (layers inside compiled code are not looked into)"
+NO_LAYER = "no layer was seen that works on the rows of the batch"
 
 APART = 4  # times rounding: rows that differ by less are not expected to be told apart
 SAME = 1e-5  # of the norm: as the same row comes out at another place

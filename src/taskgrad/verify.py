@@ -9,10 +9,10 @@ other half. What the layers see is compared with what they see in the forward of
 - of the rows that moved one must change, where they can be told apart at all: else the rows are not the batch's;
 - the rows that moved must not come out in another order among themselves.
 
-Where BatchNorm trains, a third pass takes the place of training's forward (``batch_statistics`` says why). With an id
-per token two more passes ask whether the row of a token changes with the token. Layers that see every example alike (a
-branch that is zero at the start, one position for all) cannot be told and pass; so does what depends on the batch as a
-whole (BatchNorm in training mode): that is row attribution.
+Where BatchNorm trains (``batch_statistics`` says why) or parts of the model are compiled, a third pass, in eager mode,
+takes the place of training's forward. With an id per token two more passes ask whether the row of a token changes with
+the token. Layers that see every example alike (a branch that is zero at the start, one position for all) cannot be told
+and pass; so does what depends on the batch as a whole (BatchNorm in training mode): that is row attribution.
 
 The number of passes depends on the model and the number of the ids' dimensions alone: on several ranks a forward may
 hold collectives.
@@ -21,7 +21,7 @@ hold collectives.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -130,7 +130,7 @@ class RowCheck:
             # not by model(...): the hooks that have run already would run again
             trial = self._perturb(self.model.forward, self._rows, args, kwargs)
             self._tried = True
-            if batch_norm_trains(self.model):
+            if self._own_base():
                 self._settle(trial)
             else:
                 self._trial, self._depth, self.owner.observer = trial, 1, trial.base
@@ -164,13 +164,13 @@ class RowCheck:
         statistics: BatchStatistics | nullcontext[None] = nullcontext()
         if batch_norm_trains(self.model):
             statistics = BatchStatistics()
-        if by_hand or batch_norm_trains(self.model):
+        if by_hand or self._own_base():
             plan.insert(0, (Move(torch.arange(shape[0], device="cpu")), trial.base))
         leave_doubtful = self._suspects is not None
 
         def run(move: Move, trace: Trace) -> None:
             try:
-                with torch.no_grad(), statistics:
+                with torch.no_grad(), self._eager(), statistics:
                     moved = apply(move, args, kwargs, shape, leave_doubtful)
                     self._observe(trace, lambda: call(*moved.args, **moved.kwargs))
                 moved.args, moved.kwargs = (), {}  # what the pass was for is in the trace
@@ -192,6 +192,17 @@ class RowCheck:
         for move, trace in plan:
             run(move, trace)
         return trial
+
+    def _own_base(self) -> bool:
+        """Whether training's forward cannot be compared with, or not be looked into."""
+        return self._compiled() or batch_norm_trains(self.model)
+
+    def _compiled(self) -> bool:
+        """Whether the model, or a part of it, was compiled in place or is a ``torch.compile`` of a module."""
+        return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in self.model.modules())
+
+    def _eager(self) -> AbstractContextManager[Any]:
+        return torch.compiler.set_stance("force_eager") if self._compiled() else nullcontext()
 
     def _observe(self, trace: Trace, run: Callable[[], object]) -> None:
         self._busy, self.owner.observer = True, trace
