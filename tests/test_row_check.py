@@ -443,6 +443,12 @@ def test_by_hand_in_the_first_batch_is_the_only_time() -> None:
     assert other.coverage().verified
 
 
+def test_a_later_batch_that_cannot_tell_takes_nothing_back() -> None:
+    tracker = first_batch(Counting(), floats())
+    with tracker.batch(torch.tensor([0])):
+        assert tracker.verify(floats(1)).verified and not tracker._row_check.told
+
+
 def test_a_state_that_was_verified_is_not_checked_again() -> None:
     tracker = first_batch(model := Counting(), floats())
     state = tracker.state_dict()

@@ -212,15 +212,18 @@ class RowCheck:
             self._busy, self.owner.observer = False, None
 
     def _settle(self, trial: Trial) -> None:
-        self.reason = trial.error or trial.verdict()
-        self.told = self.reason is None
-        failing = trial.failing
-        if self.told and failing and trial.doubtful:
-            self._suspects, self.told, self.reason = failing, False, DOUBTFUL
-        elif self.told:
+        reason, failing = trial.verdict(), trial.failing
+        if reason is None and failing and trial.doubtful:
+            self._suspects, reason = failing, DOUBTFUL
+        elif reason is None:
             suspects = failing if self._suspects is None else self._suspects
-            self._leave_out({name: reason for name, reason in failing.items() if name in suspects})
+            self._leave_out({name: why for name, why in failing.items() if name in suspects})
             self.verified, self._suspects = True, None
+        self.told = reason is None
+        if not self.verified:
+            self.reason = reason
+        else:
+            self.reason = None
 
     def _leave_out(self, failing: dict[str, str]) -> None:
         self.failing = failing
