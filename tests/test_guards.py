@@ -19,6 +19,7 @@ from tests.utils.steps import (
     Tracked,
     assert_report,
     make_case,
+    plain_grads,
     relative_error,
     run_batch,
     tracked_step,
@@ -212,6 +213,25 @@ def test_layers_behind_any_other_mixing_are_dropped(batch: int, seed: int) -> No
     torch.manual_seed(seed)
     done = tracked_step(case_of(Neighbours(), torch.randn(batch, 7, dtype=torch.float64), ids=torch.arange(batch) % 3))
     assert set(done.unattributed) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize(("mode", "accumulate"), [("sketch", True), ("exact", True), ("exact", False)])
+def test_nothing_left_to_compare(mode: str, accumulate: bool) -> None:
+    """The only layer fails: the step runs, and no report pretends to be about something."""
+
+    class Only(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(7, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + x.roll(1, 0))
+
+    case = case_of(Only(), torch.randn(5, 7, dtype=torch.float64))
+    plain, _ = plain_grads(case)
+    done = tracked_step(case, mode, accumulate=accumulate, sketch_dim=16)
+    assert done.attributed == () and not done.report.valid
+    assert all(relative_error(done.grads[name], grad) <= 1e-12 for name, grad in plain.items())
 
 
 def test_tokens_rolled_along_the_sequence_with_ids_per_token() -> None:

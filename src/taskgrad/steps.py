@@ -130,7 +130,7 @@ class Steps:
         if self.probes.grams and len(ran) > 1:
             self.probes.discard()
             raise RuntimeError(SECOND_BATCH)
-        if not ran:
+        if not ran or not self.probes.live():
             self.probes.discard()
             if not self.probes.live():  # everything was left out: an old report would look like news
                 self.mail.put(self.nothing())
