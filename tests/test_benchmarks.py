@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu, gpu_step, gpu_streams, gpu_timing, gpu_wgrad, roofline, sanitize
+from benchmarks import gpu, gpu_step, gpu_streams, gpu_timing, gpu_wgrad, roofline, sanitize, verify
 from benchmarks.gpu_timing import Case, Values, Variant
+from benchmarks.models import Setting
 
 CPU = torch.device("cpu")
 LIMITS = {"bf16": 1.0, "fp32": 1.0, "fp64": 1.0, "copy": 1.0}
@@ -190,3 +191,9 @@ def test_only_measurements_on_a_gpu_are_drawn(tmp_path: Path) -> None:
     (tmp_path / "gpu-wgrad-some-gpu.json").write_text(json.dumps(run))
     roofline.main(["--out", str(tmp_path)])
     assert "Measured on Some GPU" in (tmp_path / "gpu-roofline-some-gpu.svg").read_text()
+
+
+def test_the_first_step_costs_more_than_later_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = verify.run([Setting(64, 64, 1, 8, 16, 2)], CPU, 3)
+    assert row["ms"]["first"][1] > row["ms"]["plain"][1] > 0
+    assert "checks / plain" in capsys.readouterr().out

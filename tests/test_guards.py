@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import taskgrad as tg
 from tests.utils.architectures import ARCHITECTURES, squared_error
-from tests.utils.oracle import separate_backwards
+from tests.utils.oracle import separate_backwards, weight_copies
 from tests.utils.steps import (
     TASKS,
     Case,
@@ -19,6 +19,7 @@ from tests.utils.steps import (
     Tracked,
     assert_report,
     make_case,
+    plain_grads,
     relative_error,
     run_batch,
     tracked_step,
@@ -184,10 +185,53 @@ def test_rows_that_only_look_like_the_batch_are_found_by_perturbation(name: str)
 
 
 @pytest.mark.parametrize("make", [BatchMean, ARCHITECTURES["batch_attention"].build], ids=["mean", "attention"])
-def test_layers_behind_a_mixing_of_examples_are_dropped(make: Callable[[], nn.Module]) -> None:
+def test_a_mixing_of_examples_that_treats_all_alike_is_row_attribution(make: Callable[[], nn.Module]) -> None:
+    """As BatchNorm in training mode: what flows through the weights at the rows of the task."""
     case = case_of(make(), torch.randn(5, 7, dtype=torch.float64))
     done = tracked_step(case)
-    assert {"head.weight", "head.bias"} <= set(done.unattributed)
+    assert done.unattributed == {} and done.tracker.coverage().verified
+    oracle = weight_copies(*case.oracle_arguments)
+    for name, parts in done.task_gradients.items():
+        assert relative_error(parts, oracle[name]) <= 1e-10, name
+
+
+class Neighbours(nn.Module):
+    """Every example sees the one before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(7, WIDTH), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        return self.head(x + 0.1 * x.roll(1, 0))
+
+
+@pytest.mark.parametrize("batch", [3, 4, 5, 8, 33])
+@pytest.mark.parametrize("seed", range(3))
+def test_layers_behind_any_other_mixing_are_dropped(batch: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    done = tracked_step(case_of(Neighbours(), torch.randn(batch, 7, dtype=torch.float64), ids=torch.arange(batch) % 3))
+    assert set(done.unattributed) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize(("mode", "accumulate"), [("sketch", True), ("exact", True), ("exact", False)])
+def test_nothing_left_to_compare(mode: str, accumulate: bool) -> None:
+    """The only layer fails: the step runs, and no report pretends to be about something."""
+
+    class Only(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(7, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + x.roll(1, 0))
+
+    case = case_of(Only(), torch.randn(5, 7, dtype=torch.float64))
+    plain, _ = plain_grads(case)
+    done = tracked_step(case, mode, accumulate=accumulate, sketch_dim=16)
+    assert done.attributed == () and not done.report.valid
+    assert all(relative_error(done.grads[name], grad) <= 1e-12 for name, grad in plain.items())
 
 
 def test_tokens_rolled_along_the_sequence_with_ids_per_token() -> None:

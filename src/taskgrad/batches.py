@@ -89,7 +89,6 @@ class Batches:
         self.observer: Callable[[Site, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.active: Batch | None = None
         self.pending: list[Batch] = []
-        self.verified = False
         self._regrouped: Rows | None = None
         self._recomputing: Batch | None = None
 
@@ -106,6 +105,11 @@ class Batches:
     @property
     def regrouped(self) -> bool:
         return self._regrouped is not None
+
+    @property
+    def examples(self) -> int:
+        """Entries of the first dimension of the batch whose forward runs now; 0 without one."""
+        return 0 if self.active is None else self.active.task_rows.shape[0]
 
     def current_rows(self) -> Rows | None:
         """The rows a layer called now works on; ``None``: not tracked."""

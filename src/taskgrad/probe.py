@@ -19,7 +19,15 @@ class StepProbe:
         self.after: Tensor | None = None
 
     def measure(self) -> Tensor:
+        """The loss now, without a trace (``isolation.Snapshot`` says what is covered).
+
+        BatchNorm uses its running statistics: the probe's batch is often of one task, and its own statistics are not
+        those that the model trains or is evaluated with.
+        """
         with undisturbed(self._model):
+            for module in self._model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.training = False
             return torch.as_tensor(self._loss()).detach().clone()
 
     @property

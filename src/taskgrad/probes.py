@@ -74,6 +74,8 @@ class Probes:
                 place = path or "the model itself"
                 if reason is not None:
                     self.reasons.setdefault(name, f"{place}: {reason}")
+                elif param.is_complex():
+                    self.reasons[name] = f"{place}: complex parameters are not split by task"
                 elif capture is not None and attr in capture.params:
                     claimed.add(name)
                 else:
@@ -204,7 +206,7 @@ class Probes:
     def warn_of_gaps(self) -> None:
         """Name, after the first step, the trainable parameters that no number covers and that ``include`` did not
         leave out."""
-        missing = self.coverage(verified=False).unattributed
+        missing = self.coverage(None).unattributed
         self.warn({n: r for n, r in missing.items() if n not in self._warned and not r.endswith(LEFT_OUT)})
 
     def warn(self, missing: Mapping[str, str]) -> None:
@@ -291,7 +293,7 @@ class Probes:
         """Columns of every probe, int64 [P]."""
         return torch.tensor([p.sketch.dim for p in self.probes.values()], device="cpu").to(self.device)
 
-    def coverage(self, verified: bool) -> Coverage:
+    def coverage(self, unverified: str | None) -> Coverage:
         """What counts and what does not, over the parameters that train now."""
         trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         out = {**self.suspects, **self.reasons}
@@ -305,7 +307,7 @@ class Probes:
         attributed = tuple(n for n in trainable if n not in missing)
         total = sum(p.numel() for p in trainable.values())
         covered = sum(trainable[n].numel() for n in attributed)
-        return Coverage(attributed, missing, covered / total if total else 0.0, verified)
+        return Coverage(attributed, missing, covered / total if total else 0.0, unverified)
 
     def remove(self) -> None:
         for site in self.sites:

@@ -99,7 +99,7 @@ def state_of(tracker: TaskGradTracker) -> dict[str, Any]:
     state = {
         **_settings(tracker),
         "step": tracker._steps.count,
-        "verified": tracker._batches.verified,
+        "verified": tracker._row_check.verified,
         # in the order of the columns: name, shape, number of columns, whether a step has used it
         "parameters": [[p.name, list(p.param.shape), p.sketch.dim, p.seen] for p in probes.probes.values()],
         "left_out": dict(probes.reasons),
@@ -127,7 +127,7 @@ class Load:
         for name, value in self.tensors.items():
             owner, attr = name.rsplit(".", 1)
             setattr(attrgetter(owner)(steps), attr, value)
-        tracker._batches.verified = self.verified
+        tracker._row_check.resume(self.verified)
         tracker._batches.pending.clear()
         steps.restart(self.step)
 

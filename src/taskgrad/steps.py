@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +25,7 @@ from .sums import differing, tolerances, unlike
 from .uses import REASON as REUSED
 from .uses import SECOND_BATCH, read_uses
 from .validity import REASONS
+from .verify import RowCheck
 
 CHECK_FIRST, CHECK_EVERY = 3, 100  # steps on which what arrives at a parameter is compared with the sum over tasks
 
@@ -87,6 +87,7 @@ class Steps:
         tasks: tuple[str, ...],
         probes: Probes,
         batches: Batches,
+        row_check: RowCheck,
         *,
         memory_decay: float,
         loss_scale: GradScaler | Tensor | None,
@@ -94,7 +95,7 @@ class Steps:
         group: dist.ProcessGroup | None,
         by_hand: bool,
     ) -> None:
-        self.tasks, self.probes, self.batches = tasks, probes, batches
+        self.tasks, self.probes, self.batches, self.row_check = tasks, probes, batches, row_check
         self.count = 0
         self.probe: StepProbe | None = None
         self.gradient: Tensor | None = None
@@ -214,7 +215,7 @@ class Steps:
         ranks = world_size(self._group)
         if not ran and self.silence.no_batch(entered):
             self.probes.warn_of_gaps()
-        if not ran and ranks == 1:
+        if ranks == 1 and not (ran and self.probes.live()):
             if not self.probes.live():  # an old report would look like news
                 self.mail.put(self.nothing("every parameter was left out, see tracker.coverage()"))
             elif misfit:
@@ -362,14 +363,16 @@ class Steps:
         ranks, device = world_size(self._group), gradient.device
         lost = self._mask(name in self.probes.reasons for name in self.probes.probes)
         seen = self._mask(p.seen for p in self.probes.probes.values())
+        check = self._mask(self.row_check.standing)
         flag = torch.zeros((), dtype=torch.bool, device=device) if wrong is None else wrong
         loss = torch.where(counts.given, counts.loss, 0.0)
         parts = [gradient, written, counts.weight, counts.mass, counts.entered, counts.examples, loss]
-        parts += [~counts.given, state, suspects, blamed, lost, seen, flag]
+        parts += [~counts.given, state, suspects, blamed, lost, seen, check, flag]
         gradient, written, *rest = all_reduce_flat(parts, self._group)
-        weight, mass, entered, examples, loss, silent, state, suspects, blamed, lost, seen, wrong = rest
+        weight, mass, entered, examples, loss, silent, state, suspects, blamed, lost, seen, check, wrong = rest
         kept = ~self._spread(lost)
         if lost.device.type == "cpu" or self.probes.accumulation.checking:
+            self.row_check.agree(check.tolist())
             for probe, gone, used in zip(self.probes.probes.values(), lost.tolist(), seen.tolist(), strict=True):
                 probe.seen = used
                 if gone and probe.name not in self.probes.reasons:
@@ -412,13 +415,6 @@ class Steps:
         self.gradient = step.gradient
         if self.count <= CHECK_FIRST or self._due:
             self.probes.warn_of_gaps()
-        if self.count == CHECK_FIRST and self._guard and not self.batches.verified:
-            warnings.warn(
-                "taskgrad: the rows of the layers were not verified: no batch could tell, or the model was not called "
-                "as model(...) in eager mode; call tracker.verify(*inputs) inside tracker.batch(), or pass "
-                "verify=False",
-                stacklevel=2,
-            )
         reading = step.reading
         cosine, others_cosine = cosines(step.gram)
         predicted = self.memory.write(step.gradient, share, seen, before, self.theta, self.count, step.left_out)

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from .accumulation import in_backward
 from .batches import Batch, Batches
+from .capture.shared_row import without_shared_rows
 from .closing import StepHooks
 from .coverage import Coverage
 from .probe import StepProbe
 from .probes import Probes
 from .reduce import world_size
 from .report import StepReport
+from .root_hooks import RootHooks
 from .rows import Rows, check_ids, check_loss_weight, check_weight, check_weight_total
 from .state import SKETCH_SEED, Load, check_state, state_of
 from .steps import Steps
-from .verify import FirstCall, failing_sites
+from .verify import RowCheck
 
 EXACT_LIMIT = 8 << 30  # bytes of state that exact mode may take
 
@@ -57,10 +58,13 @@ class TaskGradTracker:
         width = None if mode == "exact" and accumulate else sketch_dim
         self._probes = Probes(model, self._batches, len(self.tasks), width, SKETCH_SEED, include, not accumulate)
         try:
+            self._root = RootHooks(model, lambda args, kwargs: None, lambda args, kwargs, out: without_shared_rows(out))
+            self._row_check = RowCheck(model, self._batches, self._probes.sites, enabled=verify)
             self._steps = Steps(
                 self.tasks,
                 self._probes,
                 self._batches,
+                self._row_check,
                 memory_decay=memory_decay,
                 loss_scale=loss_scale,
                 guard=verify,
@@ -69,8 +73,6 @@ class TaskGradTracker:
             )
             self._removed = False
             self._hooks = StepHooks(optimizers, self._steps) if optimizers else None
-            hook = FirstCall(self._verify_first)
-            self._verify_hook = model.register_forward_pre_hook(hook, with_kwargs=True) if verify else None
         except BaseException:
             self._probes.remove()  # a tracker that was not made leaves nothing behind
             raise
@@ -152,10 +154,20 @@ class TaskGradTracker:
             self._hooks.cut_short()
         self._steps.begin()
         self._batches.enter(batch)
+        self._root.put()
+        self._row_check.enter(batch.task_rows)
 
     def _leave(self, batch: Batch, failed: bool) -> None:
         self._batches.leave(batch, failed)
+        self._root.take_away()
+        tried = self._row_check.leave(failed)
         self._steps.drop_unattributed()
+        if tried and self._row_check.given_up:
+            warnings.warn(
+                f"taskgrad: the rows of the layers were not verified: {self._row_check.reason}; call "
+                "tracker.verify(*inputs) inside tracker.batch() with a batch that can tell, or pass verify=False",
+                stacklevel=4,
+            )
 
     def step(self) -> None:
         """Close the step by hand, for a tracker without optimizer: after the update, before gradients are zeroed."""
@@ -194,35 +206,20 @@ class TaskGradTracker:
     def coverage(self) -> Coverage:
         """Which parameters the numbers are about, and why the others are not."""
         self._steps.drop_unattributed()
-        return self._probes.coverage(self._batches.verified)
+        return self._probes.coverage(self._row_check.reason)
 
     def verify(self, *args: Any, **kwargs: Any) -> Coverage:
         """Check inside ``with tracker.batch(ids)`` that the rows of every layer are the rows of the batch.
 
         Called like the model, with inputs for it. Layers that fail are dropped and named by ``coverage()``, which is
-        returned. A few forward passes without gradients (see ``taskgrad.verify``); RNG and buffers are restored.
+        returned, with the reason where these inputs cannot tell. Three forward passes without gradients (five with an
+        id per token, twice as many where layers fail that an input of shape (B,) or (B, B) may have misled), after
+        which the model and the random states are as before; ``taskgrad.isolation.Snapshot`` says what that covers.
         """
         if self._batches.active is None:
             raise RuntimeError("verify() needs the ids: call it inside `with tracker.batch(ids):`")
-        self._verify_rows(args, kwargs)
+        self._row_check.by_hand(self._batches.active.task_rows, args, kwargs)
         return self.coverage()
-
-    def _verify_first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or self._batches.verified or self._batches.active is None:
-            return
-        if self._batches.observer is None and torch.is_grad_enabled() and not in_backward():
-            self._verify_rows(args, kwargs)
-
-    def _verify_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert self._batches.active is not None
-        failing = failing_sites(self.model, self._batches, self._batches.active.task_rows, args, kwargs)
-        if failing is None:
-            return
-        self._batches.verified = True
-        for site in self._probes.sites:
-            if site.name in failing and site.reason is None:
-                site.reason = failing[site.name]
-        self._steps.drop_unattributed()
 
     def probe(self, loss: Callable[[], Tensor]) -> StepProbe:
         """Measure ``loss()``, say of a fixed batch by task, just before and just after the next optimizer step."""
@@ -260,8 +257,8 @@ class TaskGradTracker:
         self._probes.remove()
         if self._hooks is not None:
             self._hooks.remove()
-        if self._verify_hook is not None:
-            self._verify_hook.remove()
+        self._root.take_away()
+        self._row_check.leave(failed=True)
         self._batches.pending.clear()
         self._probes.discard()
 
@@ -294,8 +291,11 @@ def track(
             the parameters have just moved along, which biases ``signal`` downwards: at 0.9 it is negative for tasks
             that are being learned (docs/policy-log.md).
         loss_scale: the GradScaler (or a scalar tensor) the loss is multiplied with.
-        verify: check the rows of every layer on the first tracked batch, and on some steps that the tasks' gradients
-            add up to ``param.grad``.
+        verify: check the rows of every layer on the first tracked batch (two more forward passes without gradients,
+            two more with an id per token, one more where BatchNorm trains or parts are compiled; on the second and
+            third batch too where one could not tell), and on some steps that the tasks' gradients add up to
+            ``param.grad``. A pass leaves the model and the random states as they were, as far as
+            ``taskgrad.isolation.Snapshot`` says.
         process_group: the ranks whose gradients are averaged (DistributedDataParallel); ``None`` for the default group.
         include: ``include(name, module)`` says whether a module is tracked.
         accumulate: exact mode: keep the T gradients, so that they add up over uses of a weight and over micro-batches.

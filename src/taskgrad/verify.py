@@ -1,190 +1,250 @@
 """Does row i of every layer belong to example i? Asked by perturbation, before a number is believed.
 
 Shapes cannot tell: ``pe(arange(S))`` looks like a batch where S = B, so do sequence-first activations and permuted
-windows. So the model runs without gradients on the batch and again with half of the examples replaced by others, for
-as many halves as it takes to tell every example from every other. Rows of other examples that change show that the
-rows are not the batch's, or that examples mix. A layer whose input does not depend on the examples at all (an
-embedding of positions) is asked the other way round: its output is disturbed in the rows of half of the examples, and
-nothing of the others may change further on. With an id per token, the rows of tokens must change with their tokens.
+windows. So just before the first tracked forward the model runs twice more, without gradients and with the random
+numbers that the forward will have: once with a random half of the examples exchanged among themselves, once with the
+other half. What the layers see is compared with what they see in the forward of training itself, row by row:
+
+- a row that stood still must not change: else its rows are not the batch's, or examples mix;
+- of the rows that moved one must change, where they can be told apart at all: else the rows are not the batch's;
+- the rows that moved must not come out in another order among themselves.
+
+Where BatchNorm trains (``batch_statistics`` says why) or parts of the model are compiled, a third pass, in eager mode,
+takes the place of training's forward. With an id per token two more passes ask whether the row of a token changes with
+the token. Layers that see every example alike (a branch that is zero at the start, one position for all) cannot be told
+and pass; so does what depends on the batch as a whole (BatchNorm in training mode): that is row attribution.
+
+The number of passes depends on the model and the number of the ids' dimensions alone: on several ranks a forward may
+hold collectives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch import nn
 
+from .accumulation import in_backward
+from .batch_statistics import BatchStatistics, batch_norm_trains
 from .capture.site import Owner, Site
-from .isolation import undisturbed
+from .fingerprint import Trace
+from .isolation import Snapshot
+from .moves import Move, apply, example_moves, token_moves
+from .root_hooks import RootHooks
 from .rows import Rows
+from .trial import Trial
 
-MIXED = "rows of other examples change with an example: its rows are not the batch's, or examples mix"
-SHIFTED = "a token's row does not change with the token: its rows are not in the order of the ids"
-CONSTANT = "its rows do not depend on the example, and its output does not reach that example alone"
+TRIES = 3
 
-Trace = dict[tuple[str, int], tuple[Tensor, Tensor]]
-Disturb = Callable[[Site, Tensor], Tensor]
-
-
-class FirstCall:
-    """The forward pre-hook of the tracked model. Copies and pickles of the model get one that does nothing."""
-
-    def __init__(self, verify: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None) -> None:
-        self.verify = verify
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.verify is not None:
-            self.verify(args, kwargs)
-
-    def __reduce__(self) -> tuple[type[FirstCall], tuple[()]]:
-        return FirstCall, ()
+NOT_TRIED = "no tracked batch has been checked yet"
+NOT_CALLED = "the model was not called as model(...) in eager mode"
+FAILED = "the forward raised"
+RAISED = "a pass of the model on the batch with examples exchanged raised"
+DOUBTFUL = "layers failed, but one of the inputs of shape (B,) or (B, B) may not be the batch's"
 
 
-def failing_sites(
-    model: nn.Module, owner: Owner, rows: Rows, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, str] | None:
-    """Names of the sites whose rows are not the batch's, with the reason; ``None`` if this batch cannot tell.
+class RowCheck:
+    """Tries on the first tracked batches, three at most, until one could tell.
 
-    It cannot with one example, or where all examples are alike. RNG and buffers are restored; BatchNorm runs with its
-    running statistics meanwhile. Passes without gradients: 1 + log2 B, and log2 B for every layer that has to be asked
-    the other way round; log2 S more with an id per token.
+    On several ranks these are what the ranks must agree on before the next batch: whether there is a next try depends
+    on ``attempts`` and ``verified`` alone.
+
+    Attributes:
+        attempts: batches on which a try was made.
+        verified: a batch could tell.
+        told: whether the last one could.
+        reason: why the rows are not verified, ``None`` if they are.
+        failing: site name -> why its rows are not the batch's; complete once ``verified`` or given up.
     """
 
-    def trace(a: Any, k: Any, dims: int, disturb: Disturb | None = None) -> Trace:
-        # copies: a model may write into its input
-        a, k = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (a, dict(k)))
-        with undisturbed(model):
-            return _trace(model, owner, rows.shape[:dims], a, k, disturb)
+    def __init__(self, model: nn.Module, owner: Owner, sites: Sequence[Site], enabled: bool) -> None:
+        self.model, self.owner, self.sites, self.enabled = model, owner, sites, enabled
+        self.attempts = 0
+        self.verified = False
+        self.told = False
+        self.reason: str | None = NOT_TRIED
+        self.failing: dict[str, str] = {}
+        self._suspects: dict[str, str] | None = None  # failed while a doubtful tensor was moved
+        self._rows: Rows | None = None  # of the batch that is open, if it is to be tried
+        self._called = False  # the model, in that batch, whether gradients were on or not
+        self._tried = False
+        self._trial: Trial | None = None  # not settled yet
+        self._busy = False  # with passes of its own
+        self._depth = 0  # of calls of the model inside the forward that is observed
+        self._hooks = RootHooks(model, self._before, self._after)
 
-    batch = rows.shape[0]
-    base = trace(args, kwargs, 1)
-    sites = {name for name, _ in base if name}
-    failing: dict[str, str] = {}
-    moved: set[str] = set()
-    told = False
-    for half in _halves(batch):
-        replaced = _replace(args, kwargs, rows.shape[:1], half)
-        if replaced is None:
-            continue
-        told = True
-        for key, changed in _changes(base, trace(*replaced, 1)).items():
-            if bool((changed & ~half).any()):
-                failing.setdefault(key[0], MIXED)
-            if bool(changed.any()):
-                moved.add(key[0])
-    if not told:
-        return None
-    for name in sites - moved:
-        for half in _halves(batch):
-            changes = _changes(base, trace(args, kwargs, 1, _shake(name, half)))
-            found = [c for (site, _), c in changes.items() if site != name]
-            if not any(bool(c.any()) for c in found) or any(bool((c & ~half).any()) for c in found):
-                failing.setdefault(name, CONSTANT)
-    if len(rows.shape) == 2:
-        base = trace(args, kwargs, 2)
-        for half in _halves(rows.shape[1]):
-            replaced = _replace(args, kwargs, rows.shape, half)
-            if replaced is None:
-                continue
-            for key, changed in _changes(base, trace(*replaced, 2)).items():
-                if bool(changed.any()) and not bool((changed & half).any()):
-                    failing.setdefault(key[0], SHIFTED)
-    failing.pop("", None)
-    return failing
+    @property
+    def due(self) -> bool:
+        return self.enabled and not self.verified and self.attempts < TRIES
 
+    @property
+    def given_up(self) -> bool:
+        return self.enabled and not self.verified and self.attempts == TRIES
 
-def _halves(n: int) -> list[Tensor]:
-    """Masks [n] of the positions with bit k set: only the identity maps every one of them into itself."""
-    return [(torch.arange(n) >> bit) & 1 == 1 for bit in range((n - 1).bit_length())]
+    @property
+    def standing(self) -> list[bool]:
+        """What ranks tell each other: whether it is verified, and whether a 1st, 2nd, ... try was made."""
+        return [self.verified, *(self.attempts > n for n in range(TRIES))]
 
+    def agree(self, standing: Sequence[bool]) -> None:
+        """Go on where all ranks stand: ``standing`` of any of them. What failed on one rank is left out on all by the
+        step itself."""
+        verified, *tries = standing
+        self.attempts = sum(tries)
+        if verified and not self.verified:
+            self.resume(True)
 
-def _replace(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], shape: tuple[int, ...], half: Tensor
-) -> tuple[Any, Any] | None:
-    """The inputs with the examples (tokens, for a shape of two dimensions) in ``half`` replaced by others of the batch
-    that differ, in all tensors of the batch alike; ``None`` where there are none."""
-    dim, n = len(shape) - 1, len(half)
+    def resume(self, verified: bool) -> None:
+        """Whether it was verified before."""
+        self.verified, self.reason = verified, None if verified else NOT_TRIED
 
-    def belongs(t: Any) -> bool:
-        return isinstance(t, Tensor) and t.shape[: dim + 1] == shape
+    def enter(self, rows: Rows) -> None:
+        """A tracked batch begins: until ``leave``, hooks on the model wait for its forward."""
+        if self.due:
+            self._rows, self._called, self._tried = rows, False, False
+            self._hooks.put()
 
-    tensors = [t for t in tree_flatten((args, kwargs))[0] if belongs(t)]
-    for shift in range(1, n):
-        source = torch.where(half, (torch.arange(n) + shift) % n, torch.arange(n))
-        if any(not torch.equal(t.index_select(dim, source.to(t.device)), t) for t in tensors):
-            new: tuple[Any, Any] = tree_map(
-                lambda t, source=source: t.index_select(dim, source.to(t.device)) if belongs(t) else t,
-                (args, dict(kwargs)),
-            )
-            return new
-    return None
+    def leave(self, failed: bool) -> bool:
+        """The batch is over; ``failed``: by an exception. True if it was a try."""
+        rows, self._rows = self._rows, None
+        trial, self._trial = self._trial, None
+        self._hooks.take_away()
+        self._depth, self.owner.observer = 0, None
+        if rows is None:
+            return False
+        if not self._tried:
+            if self.verified or failed or self._called or not torch.is_grad_enabled():
+                return False  # by hand, or an evaluation
+            self.told, self.reason = False, NOT_CALLED
+        elif trial is not None and failed:
+            self.told, self.reason = False, FAILED
+        elif trial is not None:
+            self._settle(trial)
+        self.attempts += 1
+        if self.given_up and self._suspects:
+            self._leave_out(self._suspects)
+        return True
 
+    def by_hand(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The same at once, with a pass of its own instead of the forward of training."""
+        for _ in range(2):
+            self._settle(self._perturb(self.model, rows, args, kwargs, by_hand=True))
+            if self.told or self._suspects is None:
+                return
 
-def _trace(
-    model: nn.Module, owner: Owner, shape: tuple[int, ...], args: Any, kwargs: Any, disturb: Disturb | None
-) -> Trace:
-    """Fingerprint of every example, or of every token where ``shape`` is (B, S), at the input of every call of every
-    site and at the model's outputs (site "")."""
-    trace: Trace = {}
-    calls: dict[str, int] = {}
-
-    def observe(site: Site, a: tuple[Any, ...], k: dict[str, Any]) -> Tensor:
-        n = calls[site.name] = calls.get(site.name, -1) + 1
-        x = next((t for t in (*a, *k.values()) if isinstance(t, Tensor)), None)
-        if x is not None and x.dim() and not owner.regrouped:
-            if x.shape[: len(shape)] == shape:
-                trace[site.name, n] = _fingerprint(x, len(shape))
-            elif x.shape[0] == 1 and len(shape) == 1:
-                trace[site.name, n] = _fingerprint(x.expand(*shape, *x.shape[1:]), 1)
-        out = site.plain(*a, **k)
-        return out if disturb is None else disturb(site, out)
-
-    owner.observer = observe
-    try:
-        out = model(*args, **kwargs)
-    finally:
-        owner.observer = None
-    # a mapping need not be a pytree: transformers' ModelOutput
-    leaves = tree_flatten(list(out.values()) if isinstance(out, Mapping) else out)[0]
-    for n, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor) and leaf.shape[: len(shape)] == shape:
-            trace["", n] = _fingerprint(leaf, len(shape))
-    return trace
-
-
-def _fingerprint(x: Tensor, dims: int) -> tuple[Tensor, Tensor]:
-    """A number for every example (token), [*x.shape[:dims]], and the scale of its rounding errors."""
-    flat = x.detach().double().nan_to_num().cpu().reshape(*x.shape[:dims], -1)
-    weights = torch.linspace(0.5, 1.5, flat.shape[-1], dtype=torch.float64).sin()
-    return flat @ weights, flat.abs() @ weights.abs()
-
-
-def _changes(base: Trace, other: Trace) -> dict[tuple[str, int], Tensor]:
-    """For every call of ``base``, which examples [B] (positions [S], where traced by token) differ; all, where the
-    call did not take place."""
-    found = {}
-    for key, (a, scale) in base.items():
-        if key in other and other[key][0].shape == a.shape:
-            b, b_scale = other[key]
-            changed = (a - b).abs() > 1e-6 * torch.maximum(scale, b_scale)
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._busy or torch.compiler.is_compiling():
+            return
+        self._called = True
+        if self._depth:
+            self._depth += 1
+        elif self._rows is None or self._tried or self.verified or not torch.is_grad_enabled() or in_backward():
+            return
         else:
-            changed = torch.ones_like(a, dtype=torch.bool)
-        found[key] = changed if changed.dim() == 1 else changed.any(0)
-    return found
+            # not by model(...): the hooks that have run already would run again
+            trial = self._perturb(self.model.forward, self._rows, args, kwargs)
+            self._tried = True
+            if self._own_base():
+                self._settle(trial)
+            else:
+                self._trial, self._depth, self.owner.observer = trial, 1, trial.base
 
+    def _after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._busy or torch.compiler.is_compiling() or not self._depth:
+            return
+        self._depth -= 1
+        if not self._depth:
+            self.owner.observer = None
+            if self._trial is not None and output is not None:  # None: it may have raised, ``leave`` knows
+                trial, self._trial = self._trial, None
+                self._settle(trial)
 
-def _shake(name: str, half: Tensor) -> Disturb:
-    def disturb(site: Site, out: Tensor) -> Tensor:
-        if site.name != name:
-            return out
-        wide = out.expand(len(half), *out.shape[1:]) if out.shape[0] == 1 else out
-        if wide.shape[0] != len(half):
-            return out
-        noise = torch.zeros_like(wide)
-        noise[half.to(out.device)] = 1 + out.abs().max()
-        return wide + noise
+    def _perturb(
+        self,
+        call: Callable[..., Any],
+        rows: Rows,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        by_hand: bool = False,
+    ) -> Trial:
+        """The passes on moved inputs, and one on the inputs as they are where training's forward cannot serve."""
+        shape, hidden = rows.shape, rows.hidden
+        generator = torch.Generator("cpu").manual_seed(self.attempts)
+        moves = example_moves(shape[0], generator)
+        if len(shape) == 2:
+            moves += token_moves(shape[1], generator)
+        trial = Trial(base=Trace(self.owner, shape))
+        plan = [(move, Trace(self.owner, shape)) for move in moves]
+        statistics: BatchStatistics | nullcontext[None] = nullcontext()
+        if batch_norm_trains(self.model):
+            statistics = BatchStatistics()
+        if by_hand or self._own_base():
+            plan.insert(0, (Move(torch.arange(shape[0], device="cpu")), trial.base))
+        leave_doubtful = self._suspects is not None
 
-    return disturb
+        def run(move: Move, trace: Trace) -> None:
+            try:
+                with torch.no_grad(), self._eager(), statistics:
+                    moved = apply(move, args, kwargs, shape, leave_doubtful)
+                    self._observe(trace, lambda: call(*moved.args, **moved.kwargs))
+                moved.args, moved.kwargs = (), {}  # what the pass was for is in the trace
+                if trace is not trial.base:
+                    trial.passes.append((move, moved, trace))
+            except Exception as error:
+                if by_hand and trace is trial.base:
+                    raise
+                # if it is the model's fault, the forward of training will raise it
+                trial.error = f"{RAISED} {type(error).__name__}: {error}"
+            finally:
+                snapshot.restore()
+
+        try:
+            snapshot = Snapshot(self.model)
+        except Exception as error:  # no room, or a tensor of an unknown kind
+            trial.error = f"the model's tensors cannot be copied: {type(error).__name__}: {error}"
+            return trial
+        for move, trace in plan:
+            run(move, trace)
+        rows.hidden = hidden  # the passes were without gradients
+        return trial
+
+    def _own_base(self) -> bool:
+        """Whether training's forward cannot be compared with, or not be looked into."""
+        return self._compiled() or batch_norm_trains(self.model)
+
+    def _compiled(self) -> bool:
+        """Whether the model, or a part of it, was compiled in place or is a ``torch.compile`` of a module."""
+        return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in self.model.modules())
+
+    def _eager(self) -> AbstractContextManager[Any]:
+        return torch.compiler.set_stance("force_eager") if self._compiled() else nullcontext()
+
+    def _observe(self, trace: Trace, run: Callable[[], object]) -> None:
+        self._busy, self.owner.observer = True, trace
+        try:
+            run()
+        finally:
+            self._busy, self.owner.observer = False, None
+
+    def _settle(self, trial: Trial) -> None:
+        reason, failing = trial.verdict(), trial.failing
+        if reason is None and failing and trial.doubtful:
+            self._suspects, reason = failing, DOUBTFUL
+        elif reason is None:
+            suspects = failing if self._suspects is None else self._suspects
+            self._leave_out({name: why for name, why in failing.items() if name in suspects})
+            self.verified, self._suspects = True, None
+        self.told = reason is None
+        if not self.verified:
+            self.reason = reason
+        else:
+            self.reason = None
+
+    def _leave_out(self, failing: dict[str, str]) -> None:
+        self.failing = failing
+        for site in self.sites:
+            if site.reason is None:
+                site.reason = failing.get(site.name)

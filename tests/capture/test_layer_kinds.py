@@ -108,7 +108,8 @@ def test_the_sketch_of_a_step_is_linear(name: str, sketch_dim: int) -> None:
     together = tracked_step(Case(model, (x,), {}, loss, IDS, None), mode="sketch", sketch_dim=sketch_dim)
     together.tracker.remove()
     model.zero_grad()
-    with_micro_batches = tg.track(model, tasks=list(TASKS), mode="sketch", sketch_dim=sketch_dim)
+    # one example at a time: nothing to verify with
+    with_micro_batches = tg.track(model, tasks=list(TASKS), mode="sketch", sketch_dim=sketch_dim, verify=False)
     target_rows = loss(model(x)).detach()
     for row in range(6):
         with with_micro_batches.batch(IDS[row : row + 1]):

@@ -185,6 +185,11 @@ class Capture(abc.ABC):
             Unattributed: the rows of this call are not the rows of the batch.
         """
 
+    def watch(self, out: Any, examples: int, see: Callable[[Tensor], None]) -> Any:
+        """The module's output while rows are being checked: ``see`` is to be shown what else, beside the module's
+        input, must hold rows of the batch."""
+        return out
+
 
 _REGISTRY: dict[type[nn.Module], Capture] = {}
 

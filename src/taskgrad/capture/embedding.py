@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from .base import (
     tap_grad,
     wants_gram,
 )
-from .shared_row import shared_row
+from .shared_row import SharedRow, shared_row
 
 
 class _Embedding(torch.autograd.Function):
@@ -150,3 +150,9 @@ class EmbeddingCapture(Capture):
         row = _Row.apply(index, module.weight, padding_idx, probe.stray)
         where = (index, module.weight, padding_idx, examples)
         return shared_row(row, examples, lambda: _Spread.apply(row.detach(), *where, *by_rows))
+
+    def watch(self, out: Any, examples: int, see: Callable[[Tensor], None]) -> Any:
+        if isinstance(out, Tensor) and out.dim() > 1 and out.shape[0] == 1 and examples > 1:
+            out = out if isinstance(out, SharedRow) else shared_row(out, examples, None)
+            out.see = see
+        return out

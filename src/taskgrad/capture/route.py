@@ -79,8 +79,10 @@ def _routed(plain: Forward) -> Forward:
         site = None if found is None else found()
         return plain(self, *args, **kwargs) if site is None else site.call(*args, **kwargs)
 
+    made: Any = forward
     # torch.jit.script of a module of the class compiles the source of what is wrapped, with the globals of what it got
+    of_its_module: Any = plain
     routed = types.FunctionType(
-        forward.__code__, plain.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+        made.__code__, of_its_module.__globals__, made.__name__, made.__defaults__, made.__closure__
     )
     return functools.wraps(plain)(routed)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..rows import equal_sizes
 
@@ -33,6 +34,7 @@ class SharedRow(torch.Tensor):
     examples: int
     written: int  # its version as it was made
     spread: Callable[[], Tensor] | None
+    see: Callable[[Tensor], None] | None = None  # shown the rows that it is added to, while rows are checked
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,7 +58,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.device == b.device and a.stride() == b.stride()
 
 
-def shared_row(row: Tensor, examples: int, spread: Callable[[], Tensor]) -> SharedRow:
+def shared_row(row: Tensor, examples: int, spread: Callable[[], Tensor] | None) -> SharedRow:
     """``row`` [1, ...] as a ``SharedRow``; ``spread()`` is [examples, ...], the same row for each."""
     out = row.as_subclass(SharedRow)
     out.examples, out.spread = examples, spread
@@ -64,9 +66,12 @@ def shared_row(row: Tensor, examples: int, spread: Callable[[], Tensor]) -> Shar
     return out
 
 
-def plain_tensor(x: Any) -> Any:
-    """A ``SharedRow`` as the tensor it is; anything else as it is."""
-    return x.as_subclass(torch.Tensor) if isinstance(x, SharedRow) else x
+def without_shared_rows(output: Any) -> Any:
+    """What a model returned, with every ``SharedRow`` in it as the plain tensor that it is; ``None`` where there is
+    none."""
+    if torch.compiler.is_compiling() or not any(isinstance(x, SharedRow) for x in tree_leaves(output)):
+        return None
+    return tree_map(lambda x: x.as_subclass(torch.Tensor) if isinstance(x, SharedRow) else x, output)
 
 
 def _spread(x: Any, other: Any) -> Any:
@@ -74,8 +79,11 @@ def _spread(x: Any, other: Any) -> Any:
     if not isinstance(x, SharedRow) or not isinstance(other, Tensor) or isinstance(other, SharedRow):
         return x
     spread = getattr(x, "spread", None)
-    if not torch.compiler.is_compiling() and x._version != x.written:
+    if not hasattr(x, "examples") or not equal_sizes(other.shape, (x.examples, *x.shape[1:])):
         return x
-    if spread is None or not equal_sizes(other.shape, (x.examples, *x.shape[1:])):
-        return x
-    return spread()
+    if not torch.compiler.is_compiling():
+        if x.see is not None:
+            x.see(other)
+        if x._version != x.written:
+            return x
+    return x if spread is None else spread()

@@ -21,6 +21,9 @@ class Owner(Protocol):
     @property
     def regrouped(self) -> bool: ...
 
+    @property
+    def examples(self) -> int: ...
+
     def current_rows(self) -> Rows | None: ...
 
 
@@ -42,12 +45,17 @@ class Site:
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """What a call of the module does."""
-        if self.owner.observer is not None:
-            seen = self.owner.observer(self, args, kwargs)
-            if seen is not None:  # type: ignore[func-returns-value, unreachable]
-                return seen
+        observer = None if torch.compiler.is_compiling() else self.owner.observer  # looks only; never traced
+        if observer is not None:
+            observer(self, args, kwargs)
+        out = self._run(*args, **kwargs)
+        if observer is None:
+            return out
+        return self.capture.watch(out, self.owner.examples, lambda x: observer(self, (x,), {}))
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         rows = self.owner.current_rows()
-        if rows is None or not self.probes:
+        if rows is None or not self.probes or not rows.entries:  # no rows, no gradient: an expert without tokens
             return self.plain(*args, **kwargs)
         try:
             refuse_layouts(args, kwargs)
