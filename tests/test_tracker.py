@@ -227,13 +227,6 @@ def test_exact_mode_refuses_what_would_not_fit() -> None:
         tg.track(model, ["a", "b"], mode="exact")
 
 
-def test_tracking_twice_covers_nothing_and_says_so() -> None:
-    model = _model()
-    tg.track(model, ["a", "b"])
-    with pytest.raises(ValueError, match="replaced on the instance"):
-        tg.track(model, ["a", "b"])
-
-
 def test_include_limits_what_is_tracked() -> None:
     model = _model()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
