@@ -149,6 +149,11 @@ class StepReport:
             )
             padded = (f"{cell:>{size}}" for cell, (_, size) in zip(cells, columns, strict=True))
             lines.append(" ".join([f"{name:<{width}}", *padded]))
+        if self.valid and self.loss is None:
+            lines.append(
+                "losses were not entered (batch.losses(per_row)): OverwriteBoost goes by gradients alone then and "
+                "hardly moves, and policies that read losses refuse the report"
+            )
         return "\n".join(lines)
 
 

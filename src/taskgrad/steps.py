@@ -213,7 +213,7 @@ class Steps:
         if self.probes.grams and len(ran) > 1:
             raise RuntimeError(SECOND_BATCH)
         ranks = world_size(self._group)
-        if not ran and self.silence.no_batch(entered):
+        if not ran and self.silence.no_batch(entered) and entered:
             self.probes.warn_of_gaps()
         if ranks == 1 and not (ran and self.probes.live()):
             if not self.probes.live():  # an old report would look like news

@@ -10,7 +10,7 @@ from ..arrays import FloatArray
 from ..inputs import count_of
 from .base import Policy, PolicyState
 from .scaling_law import ScalingLaw, fit
-from .updates import column, losses
+from .updates import counted, losses
 
 POINTS = 256
 """Most points of a loss curve that are kept; beyond, neighbours are merged, which doubles the steps of each."""
@@ -52,7 +52,7 @@ class ADO(Policy):
         if not memory:
             memory.update(_fresh(state))
         samples = float((state.step + 1) * state.batch_size)
-        examples = column(report, "examples")
+        examples = counted(report)
         loss = _observed(report, memory, examples)
         if examples.sum() > 0:
             memory["history"] = (0.9 * np.array(memory["history"]) + 0.1 * examples / examples.sum()).tolist()

@@ -28,7 +28,7 @@ import numpy as np
 
 from ..arrays import FloatArray
 from .base import Policy, PolicyState
-from .updates import column
+from .updates import column, counted
 
 WINDOW = 200
 """Appearances that energy, signal and loss are averaged over: four times the tracker's memory."""
@@ -74,7 +74,7 @@ class OverwriteBoost(Policy):
     def weights(self, report: Any, state: PolicyState) -> FloatArray:
         """Parts of the budget [T]; they sum to less than 1 where released parts find no taker."""
         equal = _equal_parts(state)
-        examples, norm, signal = (column(report, name) for name in ("examples", "norm", "signal"))
+        examples, norm, signal = counted(report), column(report, "norm"), column(report, "signal")
         losses = None if report.loss is None else column(report, "loss")
         want, high = np.zeros(len(equal)), np.zeros(len(equal))
         for t, task in enumerate(state.tasks):

@@ -9,7 +9,7 @@ import numpy as np
 from ..arrays import FloatArray
 from ..inputs import count_of
 from .base import Policy, PolicyState
-from .updates import ascend, column, number
+from .updates import ascend, column, counted, number
 
 
 class PiKE(Policy):
@@ -40,7 +40,7 @@ class PiKE(Policy):
         memory, count = state.memory, len(state.tasks)
         kept = np.array(memory.get("weights", self.initial(state)))
         sums = np.array(memory.get("sums", [[0.0] * count] * 3))
-        signal, norm, examples = (column(report, name) for name in ("signal", "norm", "examples"))
+        signal, norm, examples = column(report, "signal"), column(report, "norm"), counted(report)
         seen = np.isfinite(signal) & np.isfinite(norm) & (examples > 0)
         square = np.where(seen, signal, 0.0)
         noise = np.where(seen, examples * (np.square(norm, where=seen, out=np.zeros(count)) - square), 0.0)

@@ -20,6 +20,12 @@ def column(report: Any, name: str) -> FloatArray:
     return np.where(np.abs(values) > _LARGEST, np.nan, values)
 
 
+def counted(report: Any) -> FloatArray:
+    """Examples of each task in the step [T]; tokens where the number of examples is not known (ids (1, S))."""
+    examples = column(report, "examples")
+    return np.where(np.isnan(examples), column(report, "tokens"), examples) if np.isnan(examples).any() else examples
+
+
 def losses(report: Any, policy: str) -> FloatArray:
     """Losses of the report [T], NaN for tasks that are not in it. Raises ValueError where there are none."""
     if report.loss is None:
