@@ -58,12 +58,12 @@ class Batch:
             got = per_row.dtype if isinstance(per_row, Tensor) else type(per_row).__name__
             raise TypeError(f"per_row must be a floating tensor, one loss per row, got {got}")
         if tuple(per_row.shape) != self.task_rows.shape:
-            shape, got = self.task_rows.shape, tuple(per_row.shape)
-            if got[: len(shape)] == shape:
+            shape, given = self.task_rows.shape, tuple(per_row.shape)
+            if given[: len(shape)] == shape:
                 hint = "several losses per row cannot be split by task: a row has one id; sum them, or repeat the row"
             else:
                 hint = 'most losses give one value per row with reduction="none"'
-            raise ValueError(f"per_row must have the shape of ids, {shape}, got {got}; {hint}")
+            raise ValueError(f"per_row must have the shape of ids, {shape}, got {given}; {hint}")
         values = per_row.detach().double().reshape(-1)
         if self._weight is not None:
             values = values * self._weight.reshape(-1).to(values)

@@ -229,7 +229,7 @@ class Probes:
         said = None
         for site in self.sites:
             if site.unfit is not None:
-                said, site.unfit = said or f"{site.name}: {site.unfit}", None
+                said, site.unfit = said or f"{site.place}: {site.unfit}", None
         return said
 
     def collect_reasons(self) -> list[Probe]:
@@ -237,7 +237,9 @@ class Probes:
         dropped = []
         for site in self.sites:
             site.reason, site.unfit = site.reason or site.unfit, None
-        found = [(p, f"{site.name}: {site.reason}") for site in self.sites if site.reason for p in site.probes.values()]
+        found = [
+            (p, f"{site.place}: {site.reason}") for site in self.sites if site.reason for p in site.probes.values()
+        ]
         found += [(p, STRAY) for p in self.probes.values() if p.stray.grad is not None]
         missing = {p.name: reason for p, reason in found if p.name not in self.reasons}
         for probe, reason in found:

@@ -137,14 +137,15 @@ class Steps:
     def _due(self) -> bool:
         return self.count < CHECK_FIRST or self.count % CHECK_EVERY == 0
 
-    def drop_unattributed(self) -> None:
+    def drop_unattributed(self, batch: Batch | None = None) -> None:
         """Parameters whose rows turned out not to be the batch's leave the memory too; where no layer had rows of
-        any of the step's ids, that says something of the ids."""
-        if self.batches.pending and not any(b.task_rows.fitted for b in self.batches.pending):
+        the ids (of ``batch``, or of any of the step's), that says something of the ids."""
+        asked = self.batches.pending if batch is None else [batch]
+        if asked and not any(b.task_rows.fitted for b in asked):
             said = self.probes.forgive()
             if said is not None:
                 self.misfit = said
-                self.silence.misfit(self.batches.pending[-1].task_rows.shape, said)
+                self.silence.misfit(asked[-1].task_rows.shape, said)
         for probe in self.probes.collect_reasons():
             self.memory.forget_columns(probe.columns)
 

@@ -161,7 +161,7 @@ class TaskGradTracker:
         self._batches.leave(batch, failed)
         self._root.take_away()
         tried = self._row_check.leave(failed)
-        self._steps.drop_unattributed()
+        self._steps.drop_unattributed(batch)
         if tried and self._row_check.given_up:
             warnings.warn(
                 f"taskgrad: the rows of the layers were not verified: {self._row_check.reason}; call "

@@ -35,6 +35,7 @@ class Site:
 
     def __init__(self, name: str, module: nn.Module, capture: Capture, owner: Owner) -> None:
         self.name = name
+        self.place = name or "the model itself"
         self.module = module
         self.capture = capture
         self.owner = owner
