@@ -15,6 +15,14 @@ namespace taskgrad {
 
 using torch::stable::Tensor;
 
+// A broadcast view may claim more than any loop ends on, and than there is memory for what is kept of each.
+constexpr int64_t kMostElements = int64_t{1} << 40;
+constexpr int64_t kMostSegments = int64_t{1} << 28;
+
+inline void check_size(const Tensor& t) {
+  STD_TORCH_CHECK(t.numel() <= kMostElements, "an operand must have at most 2**40 elements, got ", t.numel());
+}
+
 // Entry i of the sorted ones.
 struct Order {
   const int64_t* data;  // null: sorted already
@@ -35,6 +43,7 @@ inline std::vector<int64_t> bounds_of(const Tensor& offsets) {
   const bool is_long = offsets.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(is_long || offsets.scalar_type() == ScalarType::Int, "offsets must be int64 or int32");
   STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) > 0, "offsets must have shape [S + 1]");
+  STD_TORCH_CHECK(offsets.size(0) < kMostSegments, "offsets must have shape [S + 1], S below 2**28");
   const int64_t stride = offsets.stride(0);
   std::vector<int64_t> bounds(offsets.size(0));
   for (size_t s = 0; s < bounds.size(); ++s) {
@@ -47,6 +56,7 @@ inline std::vector<int64_t> bounds_of(const Tensor& offsets) {
 
 inline void check_rows(const Tensor& values, const Tensor& offsets) {
   STD_TORCH_CHECK(values.dim() == 3, "rows must have shape [E, M, d], got ", values.dim(), " dimensions");
+  check_size(values);
   STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) > 0, "offsets must have shape [S + 1]");
 }
 

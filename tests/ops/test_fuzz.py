@@ -1,12 +1,13 @@
-"""No arguments crash a public op, and none get a wrong number without an error: ``tests/utils/ops_fuzz.py``, in a process
-of its own.
+"""No arguments crash a public op, and none get a wrong number without an error: ``tests/utils/ops_fuzz.py``, in a
+process of its own.
 
-``pytest -m slow`` tries 10,000 sets of arguments an op, the plain run 300.
+``TASKGRAD_FUZZ=10000 pytest tests/ops/test_fuzz.py`` tries as many sets of arguments an op, the plain run 300.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,25 +19,18 @@ import taskgrad.ops
 from tests.utils import ops_fuzz
 
 ROOT = Path(__file__).resolve().parents[2]
+COUNT = int(os.environ.get("TASKGRAD_FUZZ", "300"))
 
 
-def fuzz(folder: Path, count: int, seed: int, *names: str, timeout: int = 240) -> dict[str, dict[str, Any]]:
-    progress = folder / "progress"
-    command = [sys.executable, "-X", "faulthandler", "-m", "tests.utils.ops_fuzz", str(count), str(seed), str(progress)]
-    done = subprocess.run([*command, *names], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+@pytest.fixture(scope="module", params=["", "0"], ids=["native", "reference"])
+def found(request, tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """What came of every op, with the kernels in force and with the references."""
+    progress = tmp_path_factory.mktemp("fuzz") / "progress"
+    command = [sys.executable, "-X", "faulthandler", "-m", "tests.utils.ops_fuzz", str(COUNT), "0", str(progress)]
+    environment = {**os.environ, "TASKGRAD_NATIVE": request.param}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60 + COUNT)
     assert done.returncode == 0, f"died in {progress.read_text()}: {done.stderr[-3000:]}"
-    return {found["op"]: found for found in map(json.loads, done.stdout.splitlines())}
-
-
-@pytest.fixture(scope="module")
-def some(tmp_path_factory) -> dict[str, dict[str, Any]]:
-    return fuzz(tmp_path_factory.mktemp("fuzz"), 300, 0)
-
-
-def check(found: dict[str, Any], count: int) -> None:
-    assert found["wrong"] == 0, "\n".join(found["first"])
-    assert found["raised"] + found["agreed"] == 2 * count
-    assert min(found["raised"], found["agreed"]) > count / 4  # neither is all that the generator makes
+    return {line["op"]: line for line in map(json.loads, done.stdout.splitlines())}
 
 
 def test_every_public_op_is_tried():
@@ -44,11 +38,8 @@ def test_every_public_op_is_tried():
 
 
 @pytest.mark.parametrize("name", ops_fuzz.OPS)
-def test_raises_or_agrees(name, some):
-    check(some[name], 300)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ops_fuzz.OPS)
-def test_raises_or_agrees_10_000_times(name, tmp_path):
-    check(fuzz(tmp_path, 10_000, 1_000_000, name, timeout=1800)[name], 10_000)
+def test_raises_or_agrees(name, found):
+    result = found[name]
+    assert result["wrong"] == 0, "\n".join(result["first"])
+    assert result["raised"] + result["agreed"] == 2 * COUNT
+    assert min(result["raised"], result["agreed"]) > COUNT / 4  # neither is all that the generator makes

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import _native
 
+MOST = 1 << 40  # elements of an operand: a broadcast view may claim more than any loop ends on
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 torch.library.define("taskgrad::segments_hold", "(Tensor? order, Tensor offsets, SymInt entries) -> bool")
@@ -31,15 +32,23 @@ def stat_dtype(x: Tensor) -> torch.dtype:
 
 
 def check_operand(name: str, x: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
-    """Raise TypeError unless ``x`` is a dense tensor of one of ``dtypes`` on a CPU or CUDA device."""
+    """Raise TypeError unless ``x`` is a dense tensor of one of ``dtypes``, on a CPU or CUDA device or on meta."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name} must be {_either(dtypes)}, got {x.dtype}: convert it first")
-    if x.device.type not in ("cpu", "cuda"):
+    if x.device.type not in ("cpu", "cuda", "meta"):
         raise TypeError(f"{name} must be on a cpu or cuda device, got {x.device}: move it with .to() first")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be dense, got {x.layout}: use .to_dense()")
+    if x.numel() > MOST:
+        raise ValueError(f"{name} must have at most 2**40 elements, got the shape {list(x.shape)}")
+
+
+def check_real(name: str, x: Tensor) -> None:
+    """Raise TypeError if ``x`` has a shape and no values: only ``torch.ops.taskgrad`` goes by shapes alone."""
+    if x.device.type == "meta":
+        raise TypeError(f"{name} must be on a cpu or cuda device, got {x.device}: move it with .to() first")
 
 
 def check_like(name: str, x: Tensor, of: str, operand: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -131,13 +140,6 @@ def fault_on_gpu(order: Tensor | None, offsets: Tensor, entries: int) -> Tensor 
 def spoiled(out: Tensor, wrong: Tensor | None) -> Tensor:
     """``out``, with NaN everywhere if ``wrong``."""
     return out if wrong is None else out.masked_fill_(wrong, float("nan"))
-
-
-def same_device(*tensors: Tensor | None) -> None:
-    """Raise TypeError where fake kernels meet tensors of several devices, which would give a result without values."""
-    devices = {str(x.device) for x in tensors if x is not None}
-    if len(devices) > 1 and "meta" in devices:
-        raise TypeError(f"all tensors must be on one device, got {', '.join(sorted(devices))}")
 
 
 @functools.cache

@@ -50,6 +50,7 @@ def conv_sketch(
             of ``offsets``, and of ``order`` on a CPU. NaN throughout where ``order`` on a GPU is malformed.
     """
     _check(dy, x, weight, stride, padding, dilation, groups, order, offsets, left, right)
+    _shared.check_real("dy", dy)
     dy, x, weight = dy.detach(), x.detach(), weight.detach()
     left, right = (None if side is None else side.detach() for side in (left, right))
     dw, stats = torch.ops.taskgrad.conv_sketch(
@@ -168,7 +169,7 @@ def _fake(
     left: Tensor | None,
     right: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _shared.same_device(dy, x, weight, order, offsets, left, right)
+    _check(dy, x, weight, stride, padding, dilation, groups, order, offsets, left, right)
     return torch.empty_like(weight), _empty(dy, weight, offsets, left, right)
 
 

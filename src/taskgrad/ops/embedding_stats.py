@@ -54,6 +54,7 @@ def embedding_stats(
     """
     _check(dy, index, order, offsets, num_embeddings, padding_idx)
     _check_maps(dy, num_embeddings, left, right)
+    _shared.check_real("dy", dy)
     maps = (None if side is None else side.detach() for side in (left, right))
     dw, stats = torch.ops.taskgrad.embedding_stats(
         dy.detach(), index, order, offsets, num_embeddings, padding_idx, *maps
@@ -144,7 +145,8 @@ def _fake(
     left: Tensor | None,
     right: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _shared.same_device(dy, index, order, offsets, left, right)
+    _check(dy, index, order, offsets, num_embeddings, padding_idx)
+    _check_maps(dy, num_embeddings, left, right)
     r0 = num_embeddings if left is None else left.shape[1]
     r1 = dy.shape[-1] if right is None else right.shape[1]
     stats = dy.new_empty(offsets.shape[0] - 1, r0, r1, dtype=stat_dtype(dy))
@@ -202,7 +204,8 @@ def _cuda(
 def _dense(dy: Tensor, index: Tensor, num_embeddings: int, padding_idx: int) -> Tensor:
     if dy.numel() == 0:
         return dy.new_zeros(num_embeddings, dy.shape[2])
-    return torch.ops.aten.embedding_dense_backward(dy, index, num_embeddings, padding_idx, False)
+    dw: Tensor = torch.ops.aten.embedding_dense_backward(dy, index, num_embeddings, padding_idx, False)
+    return dw
 
 
 def _projected(dy: Tensor, index: Tensor, padding_idx: int, right: Tensor | None) -> Tensor:
@@ -228,6 +231,7 @@ def embedding_gram(
         TypeError, ValueError: as ``embedding_stats``.
     """
     _check(dy, index, order, offsets, num_embeddings, padding_idx)
+    _shared.check_real("dy", dy)
     gram = torch.ops.taskgrad.embedding_gram(dy.detach(), index, order, offsets, num_embeddings, padding_idx)
     return _shared.spoiled(gram, _fault_on_gpu(index, order, offsets, num_embeddings))
 
@@ -269,6 +273,6 @@ def _gram_op(
 def _fake_gram(
     dy: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor, num_embeddings: int, padding_idx: int = -1
 ) -> Tensor:
-    _shared.same_device(dy, index, order, offsets)
+    _check(dy, index, order, offsets, num_embeddings, padding_idx)
     segments = offsets.shape[0] - 1
     return dy.new_empty(segments, segments, dtype=torch.float64)

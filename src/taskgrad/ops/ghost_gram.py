@@ -36,6 +36,7 @@ def ghost_gram(dy: Tensor, x: Tensor, offsets: Tensor, *, tf32: bool = False) ->
         TypeError, ValueError: as ``wgrad_gram``.
     """
     check_rows(dy, x, offsets)
+    _shared.check_real("dy", dy)
     gram = torch.ops.taskgrad.ghost_gram(dy.detach(), x.detach(), offsets, tf32)
     return _shared.spoiled(gram, _shared.fault_on_gpu(None, offsets, dy.shape[0]))
 
@@ -71,7 +72,7 @@ def segment_of_rows(offsets: Tensor, rows: int) -> Tensor:
 
 @torch.library.register_fake("taskgrad::ghost_gram")  # type: ignore[untyped-decorator]
 def _fake(dy: Tensor, x: Tensor, offsets: Tensor, tf32: bool) -> Tensor:
-    _shared.same_device(dy, x, offsets)
+    check_rows(dy, x, offsets)
     segments = offsets.shape[0] - 1
     return dy.new_empty(segments, segments, dtype=torch.float64)
 

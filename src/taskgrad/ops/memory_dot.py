@@ -36,6 +36,7 @@ def memory_dot(memory: Tensor, stats: Tensor) -> Tensor:
         ValueError: not two matrices with the same number of columns.
     """
     _check(memory, stats)
+    _shared.check_real("memory", memory)
     dots: Tensor = torch.ops.taskgrad.memory_dot(memory.detach(), stats.detach())
     return dots
 
@@ -57,7 +58,7 @@ def reference(memory: Tensor, stats: Tensor) -> Tensor:
 
 @torch.library.register_fake("taskgrad::memory_dot")  # type: ignore[untyped-decorator]
 def _fake(memory: Tensor, stats: Tensor) -> Tensor:
-    _shared.same_device(memory, stats)
+    _check(memory, stats)
     return memory.new_empty(memory.shape[0], stats.shape[0], dtype=torch.float64)
 
 

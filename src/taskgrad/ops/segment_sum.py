@@ -53,6 +53,7 @@ def segment_sum(values: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor
         ValueError: a shape that is not, or the values of order or offsets on a CPU.
     """
     _check(values, order, offsets, (1, 2, 3))
+    _shared.check_real("values", values)
     _shared.check_values(order, offsets, values.shape[0])
     rows = values.detach()
     rows = rows[:, None, None] if rows.dim() == 1 else rows[:, None] if rows.dim() == 2 else rows
@@ -79,6 +80,7 @@ def norm_segment_sum(
         TypeError, ValueError: as ``segment_sum``.
     """
     _check_norm(dy, x, mean, rstd, order, offsets)
+    _shared.check_real("dy", dy)
     _shared.check_values(order, offsets, dy.shape[0])
     gamma, beta = torch.ops.taskgrad.norm_segment_sum(dy.detach(), x.detach(), mean, rstd, order, offsets)
     wrong = _shared.fault_on_gpu(order, offsets, dy.shape[0])
@@ -135,7 +137,7 @@ def norm_reference(
 
 @torch.library.register_fake("taskgrad::segment_sum")  # type: ignore[untyped-decorator]
 def _fake(values: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
-    _shared.same_device(values, order, offsets)
+    _check(values, order, offsets)
     return values.new_empty(offsets.shape[0] - 1, values.shape[2], dtype=stat_dtype(values))
 
 
@@ -143,7 +145,7 @@ def _fake(values: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
 def _norm_fake(
     dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, order: Tensor | None, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    _shared.same_device(dy, x, mean, rstd)
+    _check_norm(dy, x, mean, rstd, order, offsets)
     return _fake(dy, order, offsets), _fake(dy, order, offsets)
 
 

@@ -40,6 +40,7 @@ def sketch_params(theta: Tensor, left: Tensor | None, right: Tensor | None) -> T
         ValueError: shapes that do not fit.
     """
     _check(theta, left, right)
+    _shared.check_real("theta", theta)
     left, right = (None if side is None else side.detach() for side in (left, right))
     out: Tensor = torch.ops.taskgrad.sketch_params(theta.detach(), left, right)
     return out
@@ -69,7 +70,7 @@ def reference(theta: Tensor, left: Tensor | None, right: Tensor | None) -> Tenso
 
 @torch.library.register_fake("taskgrad::sketch_params")  # type: ignore[untyped-decorator]
 def _fake(theta: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    _shared.same_device(theta, left, right)
+    _check(theta, left, right)
     r0 = theta.shape[0] if left is None else left.shape[1]
     r1 = theta.shape[1] if right is None else right.shape[1]
     return theta.new_empty(r0, r1, dtype=torch.float64)

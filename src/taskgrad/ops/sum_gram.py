@@ -45,6 +45,7 @@ def sum_gram(block: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: ``block`` is not 2-dimensional.
     """
     _check(block)
+    _shared.check_real("block", block)
     total, gram = torch.ops.taskgrad.sum_gram(block.detach())
     return total, gram
 
@@ -67,6 +68,7 @@ def reference(block: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("taskgrad::sum_gram")  # type: ignore[untyped-decorator]
 def _fake(block: Tensor) -> tuple[Tensor, Tensor]:
+    _check(block)
     T, M = block.shape
     return block.new_empty(M), block.new_empty(T, T, dtype=torch.float64)
 

@@ -59,6 +59,7 @@ def wgrad_gram(
     check_rows(dy, x, offsets)
     if accumulate_into is not None:
         _check_into(dy, x, accumulate_into)
+    _shared.check_real("dy", dy)
     dy, x = dy.detach(), x.detach()
     wrong = _shared.fault_on_gpu(None, offsets, dy.shape[0])
     if accumulate_into is None:
@@ -94,8 +95,10 @@ def _check_into(dy: Tensor, x: Tensor, into: Tensor) -> None:
             "accumulate_into must have adjacent columns and rows that do not overlap, got strides "
             f"{into.stride()}: pass a row-major one"
         )
-    if not torch.compiler.is_compiling() and any(
-        t.untyped_storage().data_ptr() == into.untyped_storage().data_ptr() for t in (dy, x)
+    if (
+        into.device.type != "meta"
+        and not torch.compiler.is_compiling()
+        and any(t.untyped_storage().data_ptr() == into.untyped_storage().data_ptr() for t in (dy, x))
     ):
         raise ValueError("accumulate_into must not share memory with dy or x: they are read while it is written")
 
@@ -137,12 +140,15 @@ def panels(dy: Tensor, x: Tensor, offsets: Tensor, dw: Tensor, *, accumulate: bo
 
 @torch.library.register_fake("taskgrad::wgrad_gram")  # type: ignore[untyped-decorator]
 def _fake(dy: Tensor, x: Tensor, offsets: Tensor, tf32: bool) -> tuple[Tensor, Tensor]:
-    return dy.new_empty(dy.shape[1], x.shape[1]), _fake_into(dy, x, offsets, dy, tf32)
+    check_rows(dy, x, offsets)
+    segments = offsets.shape[0] - 1
+    return dy.new_empty(dy.shape[1], x.shape[1]), dy.new_empty(segments, segments, dtype=torch.float64)
 
 
 @torch.library.register_fake("taskgrad::wgrad_gram_into")  # type: ignore[untyped-decorator]
 def _fake_into(dy: Tensor, x: Tensor, offsets: Tensor, into: Tensor, tf32: bool) -> Tensor:
-    _shared.same_device(dy, x, offsets, into)
+    check_rows(dy, x, offsets)
+    _check_into(dy, x, into)
     segments = offsets.shape[0] - 1
     return dy.new_empty(segments, segments, dtype=torch.float64)
 

@@ -47,6 +47,7 @@ def wgrad_sketch(
         ValueError: a shape that is not, or the values of order or offsets on a CPU.
     """
     check_entries(dy, x, order, offsets, left, right)
+    _shared.check_real("dy", dy)
     maps = (None if side is None else side.detach() for side in (left, right))
     dw, stats = torch.ops.taskgrad.wgrad_sketch(dy.detach(), x.detach(), order, offsets, *maps)
     wrong = _shared.fault_on_gpu(order, offsets, dy.shape[0])
@@ -99,7 +100,7 @@ def masked_products(u: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
 def _fake(
     dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    _shared.same_device(dy, x, order, offsets, left, right)
+    check_entries(dy, x, order, offsets, left, right)
     r0 = dy.shape[-1] if left is None else left.shape[1]
     r1 = x.shape[-1] if right is None else right.shape[1]
     stats = dy.new_empty(offsets.shape[0] - 1, r0, r1, dtype=stat_dtype(dy))

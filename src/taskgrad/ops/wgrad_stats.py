@@ -39,6 +39,7 @@ def wgrad_stats(
         TypeError, ValueError: as ``wgrad_sketch``, or another ``strategy``.
     """
     _check(dy, x, order, offsets, left, right, strategy)
+    _shared.check_real("dy", dy)
     maps = (None if side is None else side.detach() for side in (left, right))
     dw, stats, gram = torch.ops.taskgrad.wgrad_stats(dy.detach(), x.detach(), order, offsets, *maps, strategy)
     wrong = _shared.fault_on_gpu(order, offsets, dy.shape[0])
@@ -102,7 +103,7 @@ def _fake(
     right: Tensor | None,
     strategy: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _shared.same_device(dy, x, order, offsets, left, right)
+    _check(dy, x, order, offsets, left, right, strategy)
     segments = offsets.shape[0] - 1
     r0 = dy.shape[-1] if left is None else left.shape[1]
     r1 = x.shape[-1] if right is None else right.shape[1]
