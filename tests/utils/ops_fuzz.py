@@ -562,7 +562,7 @@ def one(name: str, seed: int, public: bool) -> tuple[str, str | None]:
     too_large = False
     try:
         want = expect(arguments, public)
-    except TooLarge:
+    except (TooLarge, MemoryError):
         too_large = True
     except (Malformed, AttributeError, TypeError):
         pass

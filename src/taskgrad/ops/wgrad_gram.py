@@ -95,11 +95,10 @@ def _check_into(dy: Tensor, x: Tensor, into: Tensor) -> None:
             "accumulate_into must have adjacent columns and rows that do not overlap, got strides "
             f"{into.stride()}: pass a row-major one"
         )
-    if (
-        into.device.type != "meta"
-        and not torch.compiler.is_compiling()
-        and any(t.untyped_storage().data_ptr() == into.untyped_storage().data_ptr() for t in (dy, x))
-    ):
+
+
+def _check_apart(dy: Tensor, x: Tensor, into: Tensor) -> None:
+    if into.untyped_storage().data_ptr() in (dy.untyped_storage().data_ptr(), x.untyped_storage().data_ptr()):
         raise ValueError("accumulate_into must not share memory with dy or x: they are read while it is written")
 
 
@@ -165,6 +164,7 @@ def _cpu(dy: Tensor, x: Tensor, offsets: Tensor, tf32: bool) -> tuple[Tensor, Te
 def _cpu_into(dy: Tensor, x: Tensor, offsets: Tensor, into: Tensor, tf32: bool) -> Tensor:
     check_rows(dy, x, offsets)
     _check_into(dy, x, into)
+    _check_apart(dy, x, into)
     _shared.check_values(None, offsets, dy.shape[0])
     return panels(dy, x, offsets, into, accumulate=True)
 
@@ -181,6 +181,7 @@ def _cuda(dy: Tensor, x: Tensor, offsets: Tensor, tf32: bool) -> tuple[Tensor, T
 def _cuda_into(dy: Tensor, x: Tensor, offsets: Tensor, into: Tensor, tf32: bool) -> Tensor:
     check_rows(dy, x, offsets)
     _check_into(dy, x, into)
+    _check_apart(dy, x, into)
     _shared.check_values(None, offsets, dy.shape[0])
     return _on_gpu(dy, x, offsets, into, accumulate=True, tf32=tf32)
 
