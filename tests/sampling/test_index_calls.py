@@ -45,7 +45,8 @@ def sequence(seed):
         return 0
     drawn = 0
     for i in range(rng.randint(1, 12)):
-        call = "commit" if i == 0 else rng.choice(("commit", "commit", "draw", "draw", "draw", "state", "snapshot_at", "restore"))
+        calls = ("commit", "commit", "draw", "draw", "draw", "state", "snapshot_at", "restore")
+        call = "commit" if i == 0 else rng.choice(calls)
         k = rng.choice(ODD) if rng.random() < 0.3 else first + rng.randint(-3, 20)
         if call != "commit" and 10**4 < k <= 2**40:
             k = 2000  # counting up to it would take days

@@ -203,7 +203,10 @@ def _compile(source_dir: Path, recipe: dict[str, list[str]], library: Path) -> N
         from torch.utils import cpp_extension
 
         print(f"taskgrad: compiling its CPU kernels, once, into {folder}", file=sys.stderr, flush=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch, _build_environment(command):
+        with (
+            tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch,
+            _build_environment(command, Path(scratch)),
+        ):
             cpp_extension.load(
                 _LIBRARY,
                 [str(source_dir / source) for source in recipe["sources"]],
@@ -238,14 +241,18 @@ def _file_lock(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _build_environment(command: list[str]) -> Iterator[None]:
-    """torch looks for ninja on PATH, where pip's ninja is only if the virtual environment is active, and for a compiler
-    that is one word: of another it warns that nothing is known of its ABI, on which the library does not depend."""
+def _build_environment(command: list[str], scratch: Path) -> Iterator[None]:
+    """What torch needs to find ninja, where pip's is on PATH only if the virtual environment is active, and a compiler
+    that is more than one word, which it would look for as one: a script in ``scratch`` is that word."""
     import ninja
 
     changes = {"PATH": os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])}
     if len(command) > 1:
-        changes["TORCH_DONT_CHECK_COMPILER_ABI"] = "1"
+        script = scratch / "c++"
+        script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        script.chmod(0o755)
+        changes["CXX"] = str(script)
+        changes["TORCH_DONT_CHECK_COMPILER_ABI"] = "1"  # it warns of one it does not know; the library's ABI is C
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
