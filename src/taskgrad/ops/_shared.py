@@ -37,17 +37,22 @@ def check_operand(name: str, x: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) 
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name} must be {_either(dtypes)}, got {x.dtype}: convert it first")
-    if x.device.type not in ("cpu", "cuda", "meta"):
+    if not (x.is_cpu or x.is_cuda or x.is_meta):
         raise TypeError(f"{name} must be on a cpu or cuda device, got {x.device}: move it with .to() first")
-    if x.layout != torch.strided:
+    if x.layout is not torch.strided:
         raise TypeError(f"{name} must be dense, got {x.layout}: use .to_dense()")
     if x.numel() > MOST:
         raise ValueError(f"{name} must have at most 2**40 elements, got the shape {list(x.shape)}")
 
 
+def _apart(x: Tensor, operand: Tensor) -> bool:
+    """Whether they are on different devices; quick where both are on the CPU, as this is asked for every argument."""
+    return not (x.is_cpu and operand.is_cpu) and x.device != operand.device
+
+
 def check_real(name: str, x: Tensor) -> None:
     """Raise TypeError if ``x`` has a shape and no values: only ``torch.ops.taskgrad`` goes by shapes alone."""
-    if x.device.type == "meta":
+    if x.is_meta:
         raise TypeError(f"{name} must be on a cpu or cuda device, got {x.device}: move it with .to() first")
 
 
@@ -55,7 +60,7 @@ def check_like(name: str, x: Tensor, of: str, operand: Tensor, dtype: torch.dtyp
     """Raise TypeError unless ``x`` is dense, on the device of ``operand`` and of its dtype, or of ``dtype``."""
     wanted = operand.dtype if dtype is None else dtype
     check_operand(name, x, (wanted,))
-    if x.device != operand.device:
+    if _apart(x, operand):
         raise TypeError(f"{name} must be on {operand.device} as {of} is, got {x.device}: use {name}.to({of}.device)")
 
 
@@ -63,7 +68,7 @@ def check_map(name: str, side: Tensor | None, of: str, operand: Tensor) -> None:
     """The same for one side of a sketch, of any floating dtype; ``None`` is the identity."""
     if side is not None:
         check_operand(name, side)
-        if side.device != operand.device:
+        if _apart(side, operand):
             raise TypeError(f"{name} must be on {operand.device} as {of} is, got {side.device}: move it first")
 
 
@@ -77,11 +82,11 @@ def check_segments(order: Tensor | None, offsets: Tensor, of: str, operand: Tens
     """Raise TypeError unless ``order`` is int64 on the device of ``operand`` and ``offsets`` int64 or int32, there or
     on the CPU."""
     check_operand("offsets", offsets, (torch.int64, torch.int32))
-    if offsets.device != operand.device and offsets.device.type != "cpu":
+    if not offsets.is_cpu and _apart(offsets, operand):
         raise TypeError(f"offsets must be on {operand.device} as {of} is, or on the cpu, got {offsets.device}")
     if order is not None:
         check_operand("order", order, (torch.int64,))
-        if order.device != operand.device:
+        if _apart(order, operand):
             raise TypeError(
                 f"order must be on {operand.device} as {of} is, got {order.device}: use order.to({of}.device)"
             )
@@ -98,16 +103,16 @@ def check_segment_shapes(order: Tensor | None, offsets: Tensor, entries: int) ->
 def check_values(order: Tensor | None, offsets: Tensor, entries: int) -> None:
     """Raise ValueError unless ``offsets`` rise from 0 to ``entries`` and ``order`` holds every entry once, where they
     are on the CPU. Nothing is asked while a caller is traced: the op asks when it runs."""
-    if offsets.device.type != "cpu" or torch.compiler.is_compiling():
+    if not offsets.is_cpu or torch.compiler.is_compiling():
         return
-    order = None if order is None or order.device.type != "cpu" else order
+    order = order if order is not None and order.is_cpu else None
     if not torch.ops.taskgrad.segments_hold(order, offsets, entries):
         raise ValueError(_what_is_wrong(order, offsets, entries))
 
 
 def check_index(name: str, index: Tensor, size: int) -> None:
     """Raise ValueError unless every value of an index on the CPU is in [0, size)."""
-    if index.device.type != "cpu" or index.numel() == 0 or torch.compiler.is_compiling():
+    if not index.is_cpu or index.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = torch.aminmax(index)
     if int(low) < 0 or int(high) >= size:
@@ -117,7 +122,7 @@ def check_index(name: str, index: Tensor, size: int) -> None:
 def within(index: Tensor, size: int) -> Tensor:
     """``index`` as it is on a CPU, where it was checked; on a GPU forced into [0, size): torch would abort the whole
     CUDA context over a value that is not."""
-    return index if index.device.type == "cpu" else index.clamp(0, max(size - 1, 0))
+    return index if index.is_cpu else index.clamp(0, max(size - 1, 0))
 
 
 def fault(order: Tensor | None, offsets: Tensor, entries: int) -> Tensor:
@@ -132,7 +137,7 @@ def fault(order: Tensor | None, offsets: Tensor, entries: int) -> Tensor:
 
 def fault_on_gpu(order: Tensor | None, offsets: Tensor, entries: int) -> Tensor | None:
     """``fault`` where any of it is on a GPU, else ``None``: then it was checked."""
-    if offsets.device.type == "cpu" and (order is None or order.device.type == "cpu"):
+    if offsets.is_cpu and (order is None or order.is_cpu):
         return None
     return fault(order, offsets, entries)
 
@@ -172,7 +177,7 @@ def _without_kernel(order: Tensor | None, offsets: Tensor, entries: int) -> bool
     if order is not None:
         check_operand("order", order, (torch.int64,))
     check_segment_shapes(order, offsets, entries)
-    if offsets.device.type == "cpu" and (order is None or order.device.type == "cpu") and _native.ready():
+    if offsets.is_cpu and (order is None or order.is_cpu) and _native.ready():
         return torch.ops.taskgrad.segments_hold(order, offsets, entries)  # type: ignore[no-any-return]
     return not bool(fault(order, offsets, entries))
 
