@@ -98,7 +98,10 @@ def _check_into(dy: Tensor, x: Tensor, into: Tensor) -> None:
 
 
 def _check_apart(dy: Tensor, x: Tensor, into: Tensor) -> None:
-    if into.untyped_storage().data_ptr() in (dy.untyped_storage().data_ptr(), x.untyped_storage().data_ptr()):
+    if into.numel() and into.untyped_storage().data_ptr() in (
+        dy.untyped_storage().data_ptr(),
+        x.untyped_storage().data_ptr(),
+    ):
         raise ValueError("accumulate_into must not share memory with dy or x: they are read while it is written")
 
 
