@@ -214,7 +214,7 @@ def damage(name: str, value: Any, arguments: Arguments, rng: random.Random) -> A
             return changed[torch.randperm(changed.shape[0])]
         flat[rng.randrange(flat.numel())] = number if how == 2 else flat[rng.randrange(flat.numel())].clone()
         return changed
-    if value.numel() >= MANY:
+    if any(size >= MANY for size in value.shape):
         return value
     tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
     # infinite maps are out: nobody says what empty segments are then

@@ -98,10 +98,8 @@ def _check_into(dy: Tensor, x: Tensor, into: Tensor) -> None:
 
 
 def _check_apart(dy: Tensor, x: Tensor, into: Tensor) -> None:
-    if into.numel() and into.untyped_storage().data_ptr() in (
-        dy.untyped_storage().data_ptr(),
-        x.untyped_storage().data_ptr(),
-    ):
+    memory, *others = (t.untyped_storage().data_ptr() for t in (into, dy, x))
+    if into.numel() and memory in others:
         raise ValueError("accumulate_into must not share memory with dy or x: they are read while it is written")
 
 

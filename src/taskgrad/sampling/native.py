@@ -56,7 +56,7 @@ def check_is_whole(name: str) -> None:
             return
         (headers,), (size, count) = struct.unpack_from("<Q", content, 32), struct.unpack_from("<HH", content, 54)
         ends = [sum(struct.unpack_from("<Q16xQ", content, headers + i * size + 8)) for i in range(count)]
-    except (OSError, struct.error) as error:
+    except (OSError, OverflowError, struct.error) as error:
         raise ImportError(f"{spec.origin} cannot be read: {error}") from None
     if max(ends, default=0) > len(content):
         raise ImportError(f"{spec.origin} is cut off: install taskgrad again")
