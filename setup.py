@@ -12,6 +12,7 @@ TASKGRAD_NATIVE=1 makes failing an error, TASKGRAD_NATIVE=0 skips both.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -61,10 +62,11 @@ def op_library() -> Extension | None:
         say("torch is not importable here: native kernels will be compiled on first use")
         return None
     recipe = json.loads(Path("csrc/build.json").read_text())
-    kind, sources, flags = CppExtension, recipe["sources"], {"cxx": recipe["cflags"]}
+    cflags = [*recipe["cflags"], f"-DTASKGRAD_SOURCES={sources_digest(recipe)}"]
+    kind, sources, flags = CppExtension, recipe["sources"], {"cxx": cflags}
     if cuda_is_here():
         kind, sources = CUDAExtension, sources + recipe["cuda_sources"]
-        flags = {"cxx": recipe["cflags"] + recipe["cuda_cflags"], "nvcc": recipe["nvcc_flags"]}
+        flags = {"cxx": cflags + recipe["cuda_cflags"], "nvcc": recipe["nvcc_flags"]}
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     return kind(
         "taskgrad._C",
@@ -72,6 +74,14 @@ def op_library() -> Extension | None:
         extra_compile_args=flags,
         py_limited_api=True,  # nothing in it depends on Python, nor (stable ABI) on torch's minor version
     )
+
+
+def sources_digest(recipe: dict[str, list[str]]) -> str:
+    """As in ``taskgrad/ops/_native.py``, which loads no library of other sources than those it finds beside itself."""
+    digest = hashlib.sha256(Path("csrc/build.json").read_bytes())
+    for source in (*recipe["sources"], *recipe["headers"]):
+        digest.update(Path("csrc", source).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def cuda_is_here() -> bool:
@@ -100,6 +110,9 @@ class BuildEach(build_ext):
             command.ensure_finalized()
             command.extensions = [extension]
             command.run()
+            if extension.name == "taskgrad._C":
+                library = Path(command.get_ext_fullpath(extension.name))
+                library.with_name(f"{library.name}.sha256").write_text(hashlib.sha256(library.read_bytes()).hexdigest())
         except Exception as error:
             if WISH == "1":
                 raise

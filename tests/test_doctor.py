@@ -139,6 +139,17 @@ def test_an_index_engine_of_other_sources_is_not_used():
     assert done.stdout.startswith("NumPy because ")
 
 
+@pytest.mark.parametrize("size", [0, 40, 4096, 100_000])
+def test_an_index_engine_that_is_cut_off_is_not_loaded(size, tmp_path):
+    if native.load()[0] is None:
+        pytest.skip("the C++ index engine is not built")
+    shutil.copytree(PACKAGE, tmp_path / "taskgrad", ignore=shutil.ignore_patterns("__pycache__"))
+    (engine,) = tmp_path.rglob("_index_engine*.so")
+    os.truncate(engine, size)
+    done = python(DRAW.format(first=""), {"PYTHONPATH": str(tmp_path)}, check=True)
+    assert done.stdout.startswith("NumPy because ") and str(engine) in done.stdout.splitlines()[0]
+
+
 def test_unknown_wish_is_an_error():
     for code in (CALL, DRAW.format(first="")):
         done = python(code, {"TASKGRAD_NATIVE": "yes"})
@@ -157,7 +168,7 @@ def test_compiled_once_then_loaded_without_a_compiler(tmp_path):
     assert second.stdout == first.stdout
     assert second.stderr == ""
     left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
-    assert sorted(left) == ["lock", "taskgrad_ops.so"]
+    assert sorted(left) == ["lock", "taskgrad_ops.so", "taskgrad_ops.so.sha256"]
 
 
 @built_ahead

@@ -15,6 +15,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../ops/segments.h"
 #include "launch.h"
 
 namespace {
@@ -71,7 +72,7 @@ void segment_sums(const Tensor& dy, const Tensor* x, const Tensor* mean, const T
   STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Long, "segment_sum: offsets must be int64");
   taskgrad::segment_sum::Shape shape{dy.size(0), dy.size(1), dy.size(2), offsets.size(0) - 1, dy.stride(0),
                                      dy.stride(1), 0, 0};
-  STD_TORCH_CHECK(shape.entries * shape.rows * shape.columns > 0, "segment_sum: there must be rows to sum");
+  STD_TORCH_CHECK(dy.numel() > 0 && shape.segments > 0, "segment_sum: there must be rows to sum");
   if (x) shape.x_entry_stride = x->stride(0), shape.x_row_stride = x->stride(1);
   Tensor scratch = torch::stable::new_empty(dy, {taskgrad::segment_sum::scratch(shape, x != nullptr)},
                                             ScalarType::Float);
@@ -82,26 +83,35 @@ void segment_sums(const Tensor& dy, const Tensor* x, const Tensor* mean, const T
       static_cast<float*>(scratch.mutable_data_ptr()), shape, current_stream(dy)));
 }
 
+std::optional<Tensor> contiguous(const std::optional<Tensor>& order, int64_t entries) {
+  if (!order) return std::nullopt;
+  taskgrad::order_of(&*order, entries);  // its dtype and shape
+  return torch::stable::contiguous(*order);
+}
+
 Tensor segment_sum(const Tensor& values, const std::optional<Tensor>& order, const Tensor& offsets) {
+  taskgrad::check_rows(values, offsets);
   const torch::stable::accelerator::DeviceGuard guard(values.get_device_index());
+  const auto dense_order = contiguous(order, values.size(0));
   const Tensor rows = dense(values), bounds = torch::stable::contiguous(offsets);
   Tensor out = torch::stable::new_empty(rows, {offsets.size(0) - 1, rows.size(2)}, ScalarType::Float);
-  segment_sums(rows, nullptr, nullptr, nullptr, order ? &*order : nullptr, bounds, nullptr, out);
+  segment_sums(rows, nullptr, nullptr, nullptr, dense_order ? &*dense_order : nullptr, bounds, nullptr, out);
   return out;
 }
 
 std::tuple<Tensor, Tensor> norm_segment_sum(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& mean,
                                             const Tensor& rstd, const std::optional<Tensor>& order,
                                             const Tensor& offsets) {
-  STD_TORCH_CHECK(x.scalar_type() == dy.scalar_type(), "norm_segment_sum: dy and x must be of one dtype");
-  STD_TORCH_CHECK(rstd.scalar_type() == ScalarType::Float, "norm_segment_sum: rstd must be float32");
+  taskgrad::check_norm(dy, x, mean, rstd, offsets, ScalarType::Float);
   const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
+  const auto dense_order = contiguous(order, dy.size(0));
   const Tensor y_rows = dense(dy), x_rows = dense(x), bounds = torch::stable::contiguous(offsets);
   const Tensor rstds = torch::stable::contiguous(rstd);
   const std::optional<Tensor> means = mean ? std::optional(torch::stable::contiguous(*mean)) : std::nullopt;
   Tensor gamma = torch::stable::new_empty(dy, {offsets.size(0) - 1, dy.size(2)}, ScalarType::Float);
   Tensor beta = torch::stable::new_empty(gamma, {gamma.size(0), gamma.size(1)});
-  segment_sums(y_rows, &x_rows, means ? &*means : nullptr, &rstds, order ? &*order : nullptr, bounds, &gamma, beta);
+  segment_sums(y_rows, &x_rows, means ? &*means : nullptr, &rstds, dense_order ? &*dense_order : nullptr, bounds,
+               &gamma, beta);
   return {gamma, beta};
 }
 

@@ -31,6 +31,15 @@ struct Problem {
   int64_t rows_per_part, parts;
 };
 
+// offsets[s] and order[i], inside of what there is whatever they hold: nobody has looked at them before.
+__host__ __device__ inline int64_t bound(const int64_t* offsets, int64_t s, int64_t entries) {
+  return smaller(larger(offsets[s], 0), entries);
+}
+
+__host__ __device__ inline int64_t nth_entry(const int64_t* order, int64_t i, int64_t entries) {
+  return order ? smaller(larger(order[i], 0), entries - 1) : i;
+}
+
 // The segment that a sorted entry is in.
 __host__ __device__ inline int64_t segment_of(const int64_t* offsets, int64_t segments, int64_t entry) {
   int64_t low = 0, high = segments - 1;  // the first s with offsets[s + 1] > entry
@@ -48,13 +57,14 @@ __host__ __device__ void add_part(const Problem<T>& p, int64_t part, int64_t col
   const int64_t lo = part * p.rows_per_part, hi = smaller(lo + p.rows_per_part, shape.entries * shape.rows);
   const int64_t last = segment_of(p.offsets, shape.segments, (hi - 1) / shape.rows);
   for (int64_t s = segment_of(p.offsets, shape.segments, lo / shape.rows); s <= last; ++s) {
-    const int64_t start = larger(p.offsets[s] * shape.rows, lo), end = smaller(p.offsets[s + 1] * shape.rows, hi);
+    const int64_t start = larger(bound(p.offsets, s, shape.entries) * shape.rows, lo);
+    const int64_t end = smaller(bound(p.offsets, s + 1, shape.entries) * shape.rows, hi);
     Vector<float, kWidth> gamma{}, beta{};
     int64_t sorted = start / shape.rows, m = start - sorted * shape.rows - 1;
 #pragma unroll 4
     for (int64_t n = start; n < end; ++n) {
       if (++m == shape.rows) m = 0, ++sorted;  // cheaper than dividing n
-      const int64_t entry = p.order ? p.order[sorted] : sorted;
+      const int64_t entry = nth_entry(p.order, sorted, shape.entries);
       const auto y = load<kWidth>(p.dy + entry * shape.dy_entry_stride + m * shape.dy_row_stride + column);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) beta.values[k] += to_float(y.values[k]);
@@ -76,7 +86,8 @@ __host__ __device__ void add_part(const Problem<T>& p, int64_t part, int64_t col
 // out[s, column] from the parts of segment s.
 __host__ __device__ inline void add_parts(const float* partials, const int64_t* offsets, float* out,
                                           const Shape& shape, int64_t rows_per_part, int64_t s, int64_t column) {
-  const int64_t start = offsets[s] * shape.rows, end = offsets[s + 1] * shape.rows;
+  const int64_t start = bound(offsets, s, shape.entries) * shape.rows;
+  const int64_t end = bound(offsets, s + 1, shape.entries) * shape.rows;
   float total = 0;
   if (end > start) {
 #pragma unroll 8

@@ -1,6 +1,7 @@
 #include "engine.hpp"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -24,7 +25,21 @@ Ints checked_sizes(Ints sizes) {
   if (sizes.empty() || *std::min_element(sizes.begin(), sizes.end()) < 1) {
     throw std::invalid_argument("sizes must be positive, at least one");
   }
+  if (*std::max_element(sizes.begin(), sizes.end()) > kMaxExamples) throw std::invalid_argument("sizes are too large");
   return sizes;
+}
+
+std::int64_t checked_batch(std::int64_t k, const char* message) {
+  if (k < 0 || k > kMaxBatches) throw std::invalid_argument(message);
+  return k;
+}
+
+std::optional<Ints> checked_draws(std::optional<Ints> max_draws, std::size_t tasks) {
+  if (max_draws && max_draws->size() != tasks) throw std::invalid_argument("max_draws must be one per task");
+  if (max_draws && *std::min_element(max_draws->begin(), max_draws->end()) < 0) {
+    throw std::invalid_argument("max_draws must not be negative");
+  }
+  return max_draws;
 }
 
 }  // namespace
@@ -33,9 +48,9 @@ Engine::Engine(std::uint64_t seed, Ints sizes, std::int64_t batch_size, std::int
                std::int64_t probe_every, std::optional<Ints> max_draws)
     : sizes_(checked_sizes(std::move(sizes))),
       batch_size_(checked_batch_size(batch_size)),
-      first_(first_batch),
-      probe_every_(probe_every),
-      max_draws_(std::move(max_draws)),
+      first_(checked_batch(first_batch, "first_batch is out of range")),
+      probe_every_(checked_batch(probe_every, "probe_every is out of range")),
+      max_draws_(checked_draws(std::move(max_draws), sizes_.size())),
       task_keys_(sizes_.size()),
       tie_key_(derive_key(kAlgorithm, seed, era, 2)),
       stride_(kSnapshotEvery),
@@ -48,7 +63,6 @@ Engine::Engine(std::uint64_t seed, Ints sizes, std::int64_t batch_size, std::int
       payers_(sizes_.size()),
       values_(sizes_.size()),
       marked_(sizes_.size()) {
-  if (max_draws_ && max_draws_->size() != sizes_.size()) throw std::invalid_argument("max_draws must be one per task");
   const std::uint64_t passes_key = derive_key(kAlgorithm, seed, era, 1);
   for (std::size_t t = 0; t < sizes_.size(); ++t) task_keys_[t] = fold(passes_key, t);
   const Ints zero(sizes_.size());
@@ -64,6 +78,9 @@ void Engine::commit(std::int64_t effective_at, const Ints& weights) {
     open -= weight;
   }
   if (open) throw std::invalid_argument("weights must sum to 2**40");
+  if (starts_.empty() ? effective_at != first_ : effective_at <= starts_.back()) {
+    throw std::invalid_argument("the first weights must be for the first batch, others for a later one than the last");
+  }
   Ints amounts(weights);
   for (auto& amount : amounts) amount *= batch_size_;
   starts_.push_back(effective_at);
@@ -77,6 +94,9 @@ void Engine::draw(std::int64_t k, std::int64_t* counts, std::int64_t* positions)
   Cursor& cursor = at(k);
   step(cursor);
   const Ints& drawn = allocator_.counts();
+  if (std::accumulate(drawn.begin(), drawn.end(), std::int64_t{0}) != batch_size_) {
+    throw std::logic_error("the counts of a batch do not add up");  // or `positions` would be written past its end
+  }
   std::copy(drawn.begin(), drawn.end(), counts);
   write_positions(cursor.state.drawn, drawn, positions);
 }
@@ -97,12 +117,23 @@ void Engine::restore(std::int64_t k, State state) {
   for (const Ints* values : {&state.credit, &state.drawn, &state.last_seen, &state.probes}) {
     if (values->size() != sizes_.size()) throw std::invalid_argument("a state holds one value per task");
   }
+  if (k < first_ || k > kMaxBatches) throw std::out_of_range("a state is of a batch from the first one on");
+  const auto within = [](const Ints& values, std::int64_t low, std::int64_t high) {
+    const auto [least, most] = std::minmax_element(values.begin(), values.end());
+    return *least >= low && *most <= high;
+  };
+  const std::int64_t most = (batch_size_ + 64) * kOne, drawn = kMaxBatches * kMaxBatchSize;
+  if (!within(state.credit, -most, most) || !within(state.drawn, 0, drawn) ||
+      !within(state.last_seen, first_ - 1, kMaxBatches) || !within(state.probes, 0, kMaxBatches)) {
+    throw std::invalid_argument("a state holds a number that no batch leads to");
+  }
   snapshots_[k] = std::move(state);
 }
 
 // Moves the nearest cursor to k, or makes one from the nearest snapshot.
 Engine::Cursor& Engine::at(std::int64_t k) {
   if (k < first_) throw std::out_of_range("batch " + std::to_string(k) + " lies before the first one");
+  if (k > kMaxBatches) throw std::out_of_range("batch " + std::to_string(k) + " lies beyond the last one");
   const auto snapshot = std::prev(snapshots_.upper_bound(k));
   auto nearest = cursors_.end();
   for (auto it = cursors_.begin(); it != cursors_.end(); ++it) {
@@ -169,8 +200,13 @@ void Engine::step(Cursor& cursor) {
       if (any) spread(credit, marked_, values_, payers_);
     }
   }
-  allocator_.serve(credit, accrual.rates, fold(tie_key_, static_cast<std::uint64_t>(k)), forced,
-                   capped ? &limit_ : nullptr);
+  try {
+    allocator_.serve(credit, accrual.rates, fold(tie_key_, static_cast<std::uint64_t>(k)), forced,
+                     capped ? &limit_ : nullptr);
+  } catch (...) {
+    cursors_.clear();  // this one has changed
+    throw;
+  }
   const Ints& counts = allocator_.counts();
   for (std::size_t t = 0; t < tasks; ++t) {
     credit[t] -= counts[t] * kOne;
@@ -199,7 +235,7 @@ const Accrual& Engine::accrual(std::int64_t k, const Ints& drawn) {
   if (!max_draws_) return accruals_[change];
   bool any_used_up = false;
   for (std::size_t t = 0; t < sizes_.size(); ++t) {
-    room_[t] = std::min((*max_draws_)[t] - drawn[t], kUnbounded);
+    room_[t] = std::clamp((*max_draws_)[t] - drawn[t], std::int64_t{0}, kUnbounded);
     marked_[t] = room_[t] <= 0;
     any_used_up |= marked_[t] != 0;
   }
@@ -226,6 +262,7 @@ const Accrual& Engine::accrual(std::int64_t k, const Ints& drawn) {
 
 // `drawn`: after the batch.
 void Engine::write_positions(const Ints& drawn, const Ints& counts, std::int64_t* out) {
+  walking_ = 0;
   std::size_t found = 0;  // listed first without a branch: no predictor could guess which tasks are in a batch
   for (std::size_t t = 0; t < counts.size(); ++t) {
     present_[found] = t;

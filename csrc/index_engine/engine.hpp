@@ -15,6 +15,8 @@ namespace taskgrad {
 
 constexpr std::int64_t kAlgorithm = 1;
 constexpr std::int64_t kMaxBatchSize = std::int64_t{1} << 20;
+constexpr std::int64_t kMaxBatches = std::int64_t{1} << 40;
+constexpr std::int64_t kMaxExamples = std::int64_t{1} << 48;
 
 // Arguments are checked in taskgrad/sampling/index.py; here only what memory safety needs. One call runs at a time.
 class Engine {
@@ -22,7 +24,7 @@ class Engine {
   Engine(std::uint64_t seed, Ints sizes, std::int64_t batch_size, std::int64_t first_batch, std::uint64_t era,
          std::int64_t probe_every, std::optional<Ints> max_draws);
 
-  // Weights from batch `effective_at` on, which must be later than the last ones.
+  // Weights from batch `effective_at` on: the first batch, then later than the last ones.
   void commit(std::int64_t effective_at, const Ints& weights);
 
   // Writes counts [tasks] and positions [batch size] of batch k.

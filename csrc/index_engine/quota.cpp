@@ -6,6 +6,7 @@
 #include <limits>
 #include <numeric>
 #include <queue>
+#include <stdexcept>
 #include <utility>
 
 #include "hash.hpp"
@@ -158,6 +159,7 @@ void Allocator::fill(const Ints& credit, std::int64_t slots, const Ints* room) {
   }
   Heap heap(std::greater<>{}, std::move(claims));
   while (slots-- > 0) {
+    if (heap.empty()) throw std::runtime_error("a batch cannot be filled: no task may give another example");
     const auto [claim, task] = heap.top();
     const auto i = static_cast<std::size_t>(task);
     heap.pop();
@@ -176,6 +178,7 @@ void Allocator::cut(const Ints& credit, std::int64_t slots, bool forced) {
   }
   Heap heap(std::greater<>{}, std::move(claims));
   while (slots-- > 0) {
+    if (heap.empty()) throw std::runtime_error("a batch cannot be cut: every slot is forced");
     const auto [claim, task] = heap.top();
     const auto i = static_cast<std::size_t>(task);
     heap.pop();

@@ -18,6 +18,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "segments.h"
 #include "simd.h"
 
 namespace {
@@ -113,16 +114,16 @@ void run(const Tensor& memory, const Tensor& stats, Tensor& dots) {
 Tensor memory_dot(const Tensor& memory, const Tensor& stats) {
   STD_TORCH_CHECK(memory.dim() == 2 && stats.dim() == 2 && memory.size(1) == stats.size(1),
                   "memory_dot: memory must be [T, K] and stats [S, K]");
-  STD_TORCH_CHECK(memory.scalar_type() == stats.scalar_type(), "memory_dot: memory and stats must be of one dtype");
+  taskgrad::check_size(memory), taskgrad::check_size(stats);
+  const ScalarType dtype = memory.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                  "memory_dot: memory must be float32 or float64");
+  STD_TORCH_CHECK(dtype == stats.scalar_type(), "memory_dot: memory and stats must be of one dtype");
   Tensor dots = torch::stable::new_empty(memory, {memory.size(0), stats.size(0)}, ScalarType::Double);
   if (memory.numel() == 0 || stats.numel() == 0) return torch::stable::zero_(dots);
   const Tensor a = memory.stride(1) == 1 ? memory : torch::stable::contiguous(memory);
   const Tensor b = stats.stride(1) == 1 ? stats : torch::stable::contiguous(stats);
-  switch (memory.scalar_type()) {
-    case ScalarType::Float: run<float>(a, b, dots); break;
-    case ScalarType::Double: run<double>(a, b, dots); break;
-    default: STD_TORCH_CHECK(false, "memory_dot: memory must be float32 or float64");
-  }
+  dtype == ScalarType::Double ? run<double>(a, b, dots) : run<float>(a, b, dots);
   return dots;
 }
 

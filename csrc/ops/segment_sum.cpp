@@ -23,6 +23,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "segments.h"
 #include "simd.h"
 
 namespace {
@@ -73,10 +74,10 @@ TASKGRAD_CLONES void add_norm_double(const double* const* y, const double* const
 
 // Where row n of the sorted order lies.
 struct Rows {
-  const int64_t* order;  // or null
-  int64_t per_entry;     // M
+  taskgrad::Order order;
+  int64_t per_entry;  // M
 
-  int64_t entry(int64_t n) const { return order ? order[n / per_entry] : n / per_entry; }
+  int64_t entry(int64_t n) const { return order[n / per_entry]; }
 };
 
 template <typename scalar_t>
@@ -154,11 +155,18 @@ template <typename scalar_t>
 void run(const Tensor& dy, const Tensor* x, const Tensor* mean, const Tensor* rstd, const Tensor* order,
          const Tensor& offsets, Tensor* gamma, Tensor& beta) {
   using compute_t = compute_of<scalar_t>;
-  const int64_t d = dy.size(2), S = offsets.size(0) - 1;
-  const Rows rows{order ? static_cast<const int64_t*>(order->const_data_ptr()) : nullptr, dy.size(1)};
-  const auto* bounds = static_cast<const int64_t*>(offsets.const_data_ptr());
-  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Long, "offsets must be int64 on the CPU");
-  STD_TORCH_CHECK(bounds[0] == 0 && bounds[S] == dy.size(0), "offsets must run from 0 to the number of entries");
+  const int64_t entries = dy.size(0), d = dy.size(2);
+  const std::vector<int64_t> bounds = taskgrad::bounds_of(offsets);
+  const int64_t S = static_cast<int64_t>(bounds.size()) - 1;
+  const Rows rows{taskgrad::order_of(order, entries), dy.size(1)};
+  STD_TORCH_CHECK(taskgrad::rise(bounds, entries), "offsets must rise from 0 to ", entries, ", the number of entries");
+  STD_TORCH_CHECK(taskgrad::is_permutation(rows.order, entries), "order must hold every number from 0 to ", entries - 1,
+                  " once");
+  if (dy.numel() == 0) {
+    torch::stable::zero_(beta);
+    if (gamma) torch::stable::zero_(*gamma);
+    return;
+  }
 
   std::vector<Piece> pieces;
   for (int64_t s = 0; s < S; ++s)
@@ -207,23 +215,21 @@ ScalarType sum_dtype(const Tensor& t) {
 }
 
 Tensor segment_sum(const Tensor& values, const std::optional<Tensor>& order, const Tensor& offsets) {
+  taskgrad::check_rows(values, offsets);
   Tensor out = torch::stable::new_empty(values, {offsets.size(0) - 1, values.size(2)}, sum_dtype(values));
-  const Tensor rows = dense(values), bounds = torch::stable::contiguous(offsets);
-  dispatch(rows, nullptr, nullptr, nullptr, order ? &*order : nullptr, bounds, nullptr, out);
+  dispatch(dense(values), nullptr, nullptr, nullptr, order ? &*order : nullptr, offsets, nullptr, out);
   return out;
 }
 
 std::tuple<Tensor, Tensor> norm_segment_sum(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& mean,
                                             const Tensor& rstd, const std::optional<Tensor>& order,
                                             const Tensor& offsets) {
-  STD_TORCH_CHECK(x.scalar_type() == dy.scalar_type(), "norm_segment_sum: dy and x must be of one dtype");
-  STD_TORCH_CHECK(rstd.scalar_type() == sum_dtype(dy), "norm_segment_sum: rstd must be float32 (float64 for float64)");
+  taskgrad::check_norm(dy, x, mean, rstd, offsets, sum_dtype(dy));
   Tensor gamma = torch::stable::new_empty(dy, {offsets.size(0) - 1, dy.size(2)}, sum_dtype(dy));
   Tensor beta = torch::stable::new_empty(gamma, {gamma.size(0), gamma.size(1)});
-  const Tensor y_rows = dense(dy), x_rows = dense(x), bounds = torch::stable::contiguous(offsets);
-  const Tensor rstds = torch::stable::contiguous(rstd);
+  const Tensor y_rows = dense(dy), x_rows = dense(x), rstds = torch::stable::contiguous(rstd);
   const std::optional<Tensor> means = mean ? std::optional(torch::stable::contiguous(*mean)) : std::nullopt;
-  dispatch(y_rows, &x_rows, means ? &*means : nullptr, &rstds, order ? &*order : nullptr, bounds, &gamma, beta);
+  dispatch(y_rows, &x_rows, means ? &*means : nullptr, &rstds, order ? &*order : nullptr, offsets, &gamma, beta);
   return {gamma, beta};
 }
 

@@ -24,6 +24,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "segments.h"
 #include "simd.h"
 
 namespace {
@@ -149,6 +150,11 @@ void sum_gram_kernel(const Tensor& block, Tensor& sum, Tensor& gram) {
 
 std::tuple<Tensor, Tensor> sum_gram(const Tensor& block) {
   STD_TORCH_CHECK(block.dim() == 2, "sum_gram: block must be 2-dimensional [T, M], got ", block.dim(), " dimensions");
+  taskgrad::check_size(block);
+  const ScalarType dtype = block.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+                      dtype == ScalarType::Half,
+                  "sum_gram: block must be float32, float64, bfloat16 or float16");
   const int64_t T = block.size(0), M = block.size(1);
   Tensor sum = torch::stable::new_empty(block, {M});
   Tensor gram = torch::stable::new_empty(block, {T, T}, ScalarType::Double);
@@ -159,12 +165,11 @@ std::tuple<Tensor, Tensor> sum_gram(const Tensor& block) {
   }
 
   const Tensor dense = block.stride(1) == 1 ? block : torch::stable::contiguous(block);
-  switch (block.scalar_type()) {
+  switch (dtype) {
     case ScalarType::Float: sum_gram_kernel<float>(dense, sum, gram); break;
     case ScalarType::Double: sum_gram_kernel<double>(dense, sum, gram); break;
     case ScalarType::BFloat16: sum_gram_kernel<BFloat16>(dense, sum, gram); break;
-    case ScalarType::Half: sum_gram_kernel<Half>(dense, sum, gram); break;
-    default: STD_TORCH_CHECK(false, "sum_gram: block must be float32, float64, bfloat16 or float16");
+    default: sum_gram_kernel<Half>(dense, sum, gram);
   }
   return {sum, gram};
 }

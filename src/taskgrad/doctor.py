@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -19,7 +18,8 @@ from torch.utils.cpp_extension import CUDA_HOME
 from . import __version__
 from ._text import printable
 from .ops import _native, cost_model
-from .ops.sum_gram import MAX_ROWS, triton_obstacle
+from .ops._shared import triton_obstacle
+from .ops.sum_gram import MAX_ROWS
 from .sampling import native as index_engine
 
 Facts = dict[str, str | int | None]
@@ -76,7 +76,6 @@ def collect() -> tuple[Facts, bool]:
         warnings.simplefilter("ignore")  # the reason is among the facts
         kernels, kernels_found = _in_force(lambda: str(_native.status()))
     engine, engine_found = _in_force(lambda: index_engine.load()[1])
-    compiler = os.environ.get("CXX", "c++")
     facts: Facts = {
         "taskgrad": __version__,
         "python": platform.python_version(),
@@ -89,7 +88,7 @@ def collect() -> tuple[Facts, bool]:
         "torch built for CUDA": torch.version.cuda,
         "CUDA_HOME": CUDA_HOME,
         "nvcc": _first_line("nvcc", "--version", containing="release"),
-        "compiler": _first_line(compiler, "--version"),
+        "compiler": _compiler(),
         "ninja": _ninja(),
         "kernels on cpu": kernels,
         "kernels on cuda": _cuda_path(),
@@ -129,6 +128,14 @@ def _cuda_path() -> str:
     if reason := triton_obstacle(torch.device("cuda")):
         return f"reference because {reason}"
     return f"triton (plain torch for float64, and for sum_gram of more than {MAX_ROWS} tasks)"
+
+
+def _compiler() -> str | None:
+    try:
+        command = _native.compiler()
+    except RuntimeError:
+        return None
+    return _first_line(*command, "--version")
 
 
 def _ninja() -> str | None:

@@ -8,6 +8,7 @@ DistributedDataParallel). All of it happens once more in a pass that training di
 from __future__ import annotations
 
 import random
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 
@@ -121,7 +121,9 @@ class _Content:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())  # not imported for this alone
+    local: Tensor = tensor._local_tensor if isinstance(tensor, dtensor) else tensor  # type: ignore[attr-defined]
+    return local
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -82,9 +82,9 @@ def test_compiles_with_other_shapes():
 
 
 def test_wrong_input_says_what_is_needed():
-    with pytest.raises(ValueError, match=r"offsets must rise from 0 to N = 5"):
+    with pytest.raises(ValueError, match=r"offsets must rise from 0 to 5"):
         ghost_gram(torch.zeros(5, 3), torch.zeros(5, 4), torch.tensor([0, 4]))
-    with pytest.raises(TypeError, match=r"x must be torch\.float32 on cpu as dy is"):
+    with pytest.raises(TypeError, match=r"x must be float32, got torch\.float16"):
         ghost_gram(torch.zeros(5, 3), torch.zeros(5, 4).half(), torch.tensor([0, 5]))
 
 

@@ -7,7 +7,7 @@ It proves indexing and masking, nothing about concurrency, and knows no bfloat16
 
 from __future__ import annotations
 
-import sys
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -18,7 +18,7 @@ import taskgrad.ops  # noqa: E402, F401
 from tests.utils import compile_cases, offline  # noqa: E402
 from tests.utils.segments import COUNTS, LAYOUTS, make_problem, poison_memory  # noqa: E402
 
-module = sys.modules["taskgrad.ops.ghost_gram"]
+kernel = importlib.import_module("taskgrad.ops.triton.ghost_gram")
 interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
 compiled = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 replaces the compiler")
 # Triton 3.6 converts loop bounds in a way that NumPy deprecates (and refuses from 2.4 on)
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 
 
 def run(problem, programs=2):
-    tile = module.Tile(16, 32, 2, 1)
-    gram = module.launch(problem.dy, problem.x, problem.offsets, tile, programs, tf32=False)
+    tile = kernel.Tile(16, 32, 2, 1)
+    gram = kernel.launch(problem.dy, problem.x, problem.offsets, tile, programs, tf32=False)
     problem.check_gram(gram, 1e-6, by_rows=True)
 
 
@@ -64,7 +64,7 @@ def test_interpreted_kernel_takes_single_columns(size):
 
 @interpreted
 def test_interpreted_kernel_takes_many_segments(monkeypatch):
-    monkeypatch.setattr(module, "COLUMNS", 8)
+    monkeypatch.setattr(kernel, "COLUMNS", 8)
     run(make_problem([1, 0, 2] * 12, 3, 4))
 
 
@@ -72,7 +72,7 @@ def test_interpreted_kernel_takes_many_segments(monkeypatch):
 def test_interpreted_kernel_keeps_nan_in_its_segment():
     problem = make_problem([3, 0, 20, 2], 5, 6)
     problem.x[4, 2] = float("nan")
-    gram = module.launch(problem.dy, problem.x, problem.offsets, module.Tile(16, 32, 2, 1), 2, tf32=False)
+    gram = kernel.launch(problem.dy, problem.x, problem.offsets, kernel.Tile(16, 32, 2, 1), 2, tf32=False)
     assert gram[2, [0, 2, 3]].isnan().all() and gram[[0, 1, 3]][:, [0, 1, 3]].isfinite().all()
 
 

@@ -81,8 +81,8 @@ def test_opcheck():
     ("memory", "stats", "error", "message"),
     [
         (torch.zeros(2, 3).half(), torch.zeros(2, 3).half(), TypeError, "float32 or float64, got torch.float16"),
-        (torch.zeros(2, 3), torch.zeros(2, 3).double(), TypeError, "got torch.float32 and torch.float64"),
-        (torch.zeros(2, 3, device="meta"), torch.zeros(2, 3), TypeError, "one cpu or cuda device, got meta and cpu"),
+        (torch.zeros(2, 3), torch.zeros(2, 3).double(), TypeError, "stats must be float32, got torch.float64"),
+        (torch.zeros(2, 3, device="meta"), torch.zeros(2, 3), TypeError, "stats must be on meta as memory is, got cpu"),
         (torch.zeros(2, 3), torch.zeros(2, 4), ValueError, r"\[S, K\], got \[2, 3\] and \[2, 4\]"),
     ],
 )

@@ -163,8 +163,12 @@ def test_opcheck(dtype, shuffled):
     [
         (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 2]), TypeError, "values must be float32.*int64"),
         (torch.zeros(2, 3, device="meta"), torch.tensor([0, 2]), TypeError, "cpu or cuda device, got meta"),
-        (torch.zeros(2, 3), torch.tensor([0.0, 2.0]), TypeError, "offsets int64 or int32, got offsets of torch.float"),
-        (torch.zeros(2, 3), torch.tensor([0]), ValueError, r"offsets must have shape \[S \+ 1\].*got \[1\]"),
+        (torch.zeros(2, 3), torch.tensor([0.0, 2.0]), TypeError, "offsets must be int64 or int32, got torch.float"),
+        (torch.zeros(2, 3), torch.zeros(0).long(), ValueError, r"offsets must have shape \[S \+ 1\], got \[0\]"),
+        (torch.zeros(2, 3), torch.tensor([0]), ValueError, r"offsets must rise from 0 to 2, .*got \[0\]"),
+        (torch.zeros(4), torch.tensor([0, 200_000_000, 4]), ValueError, r"offsets must rise from 0 to 4"),
+        (torch.zeros(4), torch.tensor([0, 3, 1, 4]), ValueError, r"offsets must rise from 0 to 4"),
+        (torch.zeros(4), torch.tensor([0, 3]), ValueError, r"offsets must rise from 0 to 4"),
         (torch.zeros(2, 3, 4, 5), torch.tensor([0, 2]), ValueError, r"\[E, M, d\], got \[2, 3, 4, 5\]"),
     ],
 )

@@ -6,6 +6,7 @@ It proves indexing and masking, nothing about concurrency, and knows no bfloat16
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import pytest
@@ -15,6 +16,7 @@ triton = pytest.importorskip("triton")
 import taskgrad.ops  # noqa: E402, F401
 from tests.utils.rows import COUNTS, make_rows  # noqa: E402
 
+kernel = importlib.import_module("taskgrad.ops.triton.segment_sum")
 module = sys.modules["taskgrad.ops.segment_sum"]
 
 pytestmark = [
@@ -27,7 +29,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def many_programs(monkeypatch):
     """Few rows for each program, so that segments cross programs and programs cross segments."""
-    monkeypatch.setattr(module, "tile_config", lambda d, norm: (4, min(16, triton.next_power_of_2(d))))
+    monkeypatch.setattr(kernel, "tile_config", lambda d, norm: (4, min(16, triton.next_power_of_2(d))))
 
 
 def check(got, dy, x, mean, rstd, order, offsets):
@@ -45,9 +47,9 @@ def test_matches_fp64(dtype, shuffled, counts, size):
     task, order, offsets = make_rows(counts, shuffled)
     dy, x = (torch.randn(len(task), *size).to(dtype) for _ in range(2))
     mean, rstd = torch.randn(len(task), size[0]), torch.rand(len(task), size[0]) + 0.5
-    check(module.launch_norm(dy, x, mean, rstd, order, offsets), dy, x, mean, rstd, order, offsets)
+    check(kernel.launch_norm(dy, x, mean, rstd, order, offsets), dy, x, mean, rstd, order, offsets)
     torch.testing.assert_close(
-        module.launch(dy, order, offsets), module.reference(dy, order, offsets), rtol=1e-5, atol=1e-4
+        kernel.launch(dy, order, offsets), module.reference(dy, order, offsets), rtol=1e-5, atol=1e-4
     )
 
 
@@ -56,14 +58,14 @@ def test_rms_norm_with_any_strides_and_int32_offsets():
     dy, x = torch.randn(9, 3, 12).permute(2, 1, 0), torch.randn(12, 6, 9)[:, ::2]
     rstd = torch.rand(3, 12).mT
     offsets = offsets.int()
-    check(module.launch_norm(dy, x, None, rstd, order, offsets), dy, x, None, rstd, order, offsets)
+    check(kernel.launch_norm(dy, x, None, rstd, order, offsets), dy, x, None, rstd, order, offsets)
 
 
 def test_nan_stays_in_its_segment():
     task, order, offsets = make_rows([5, 1, 7], True)
     values = torch.randn(13, 1, 3)
     values[task == 1] = float("nan")
-    out = module.launch(values, order, offsets)
+    out = kernel.launch(values, order, offsets)
     assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
 
 
@@ -72,4 +74,4 @@ def test_tile_configs_in_use(monkeypatch):
     for d in (1, 40, 200):
         _, order, offsets = make_rows([5, 0, 7], True)
         values = torch.randn(12, 1, d)
-        torch.testing.assert_close(module.launch(values, order, offsets), module.reference(values, order, offsets))
+        torch.testing.assert_close(kernel.launch(values, order, offsets), module.reference(values, order, offsets))

@@ -6,7 +6,7 @@ It proves indexing and masking, nothing about concurrency, and knows no bfloat16
 
 from __future__ import annotations
 
-import sys
+import importlib
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ import torch
 triton = pytest.importorskip("triton")
 import taskgrad.ops  # noqa: E402, F401
 
-module = sys.modules["taskgrad.ops.sketch_params"]
+kernel = importlib.import_module("taskgrad.ops.triton.sketch_params")
 
 pytestmark = [
     pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1"),
@@ -24,7 +24,7 @@ pytestmark = [
 
 def check(theta, r0, r1):
     left, right = (torch.randint(0, 2, (d, r)).float() * 2 - 1 for d, r in zip(theta.shape, (r0, r1), strict=True))
-    got = module.launch(theta, left, right)
+    got = kernel.launch(theta, left, right)
     want = left.double().mT @ theta.double() @ right.double()
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-11)
@@ -41,5 +41,5 @@ def test_matches_fp64(dtype, shape):
 
 
 def test_several_tiles_per_stripe(monkeypatch):
-    monkeypatch.setattr(module, "PROGRAMS", 4)
+    monkeypatch.setattr(kernel, "PROGRAMS", 4)
     check(torch.randn(65, 200), 5, 6)

@@ -83,4 +83,4 @@ def test_opcheck(dtype: torch.dtype, shuffled: bool) -> None:
         )
     x, weight = torch.randn(n, 2, 8).to(dtype), torch.randn(4, 2, 3).to(dtype)
     dy = torch.nn.functional.conv1d(x, weight)
-    check(conv_sketch, (dy, x, weight, [1], [0], [1], 1, order, offsets, None, None))
+    check(torch.ops.taskgrad.conv_sketch.default, (dy, x, weight, [1], [0], [1], 1, order, offsets, None, None))

@@ -6,6 +6,7 @@ masking, nothing about concurrency, and knows no bfloat16. ``test_resources.py``
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 triton = pytest.importorskip("triton")
 import taskgrad.ops  # noqa: E402, F401
 
+kernel = importlib.import_module("taskgrad.ops.triton.sum_gram")
 module = sys.modules["taskgrad.ops.sum_gram"]
 
 interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
@@ -28,7 +30,7 @@ SHAPES = [(1, 1), (2, 127), (3, 128), (7, 129), (16, 300), (17, 130), (64, 257)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_interpreted_kernel_matches_fp64(dtype, shape):
     block = torch.randn(shape).to(dtype)
-    total, gram = module.launch(block)
+    total, gram = kernel.launch(block)
     exact = block.double()
     norms = exact.norm(dim=1)
     assert ((gram - exact @ exact.mT).abs() <= 1e-6 * norms[:, None] * norms[None, :]).all()
@@ -39,9 +41,9 @@ def test_interpreted_kernel_matches_fp64(dtype, shape):
 
 @interpreted
 def test_interpreted_kernel_takes_several_tiles_per_program():
-    columns = 256 * module.tile_config(torch.float32, 64)[0] + 5  # at 64 rows there are at most 256 programs
+    columns = 256 * kernel.tile_config(torch.float32, 64)[0] + 5  # at 64 rows there are at most 256 programs
     block = torch.randn(64, columns)
-    total, gram = module.launch(block)
+    total, gram = kernel.launch(block)
     torch.testing.assert_close(gram, block.double() @ block.double().mT, rtol=1e-6, atol=1e-3)
     torch.testing.assert_close(total, module.reference(block)[0])
 
@@ -58,6 +60,6 @@ def test_interpreted_kernel_takes_several_tiles_per_program():
     ids=["transposed", "every second column", "every second row", "slice"],
 )
 def test_interpreted_kernel_takes_any_strides(block):
-    total, gram = module.launch(block)
+    total, gram = kernel.launch(block)
     torch.testing.assert_close(gram, block.double() @ block.double().mT, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(total, module.reference(block)[0])

@@ -134,18 +134,24 @@ def test_no_gradient_flows_through_it():
 
 WRONG = [
     ({"dy": torch.zeros(5, 3, dtype=torch.int64)}, TypeError, r"dy must be float32.*got torch\.int64: convert it"),
-    ({"dy": torch.zeros(5, 3, device="meta")}, TypeError, r"dy must be on a cpu or cuda device, got meta"),
-    ({"x": torch.zeros(5, 4).half()}, TypeError, r"x must be torch\.float32 on cpu as dy is, got torch\.float16"),
-    ({"offsets": torch.tensor([0.0, 5.0])}, TypeError, r"offsets must be int32 or int64, got torch\.float32"),
+    ({"dy": torch.zeros(5, 3, device="meta")}, TypeError, r"x must be on meta as dy is, got cpu"),
+    ({"x": torch.zeros(5, 4).half()}, TypeError, r"x must be float32, got torch\.float16"),
+    ({"offsets": torch.tensor([0.0, 5.0])}, TypeError, r"offsets must be int64 or int32, got torch\.float32"),
     ({"x": torch.zeros(4, 4)}, ValueError, r"dy and x must have shapes \[N, d_out\].*got \[5, 3\] and \[4, 4\]"),
     ({"x": torch.zeros(1, 5, 4)}, ValueError, r"dy and x must have shapes.*flatten"),
     ({"offsets": torch.tensor([[0, 5]])}, ValueError, r"offsets must have shape \[S \+ 1\], got \[1, 2\]"),
-    ({"offsets": torch.tensor([0, 4])}, ValueError, r"offsets must rise from 0 to N = 5, got \[0, 4\]"),
+    (
+        {"offsets": torch.tensor([0, 4])},
+        ValueError,
+        r"offsets must rise from 0 to 5, the number of entries, got \[0, 4\]",
+    ),
     ({"offsets": torch.tensor([1, 5])}, ValueError, r"offsets must rise from 0"),
     ({"offsets": torch.tensor([0, 4, 3, 5])}, ValueError, r"offsets must rise from 0"),
-    ({"accumulate_into": torch.zeros(3, 4).half()}, TypeError, r"accumulate_into must be torch\.float32 on cpu"),
+    ({"accumulate_into": torch.zeros(3, 4).half()}, TypeError, r"accumulate_into must be float32, got torch\.float16"),
     ({"accumulate_into": torch.zeros(4, 3)}, ValueError, r"accumulate_into must have shape \[3, 4\], got \[4, 3\]"),
     ({"accumulate_into": torch.zeros(4, 3).mT}, ValueError, r"accumulate_into must have adjacent columns"),
+    ({"accumulate_into": torch.zeros(1, 4).expand(3, 4)}, ValueError, r"rows that do not overlap"),
+    ({"offsets": torch.tensor([0, 2**40, 5])}, ValueError, r"offsets must rise from 0"),
 ]
 
 

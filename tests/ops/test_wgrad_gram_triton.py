@@ -6,8 +6,8 @@ masking, nothing about concurrency, and knows no bfloat16. ``test_resources.py``
 
 from __future__ import annotations
 
+import importlib
 import re
-import sys
 from dataclasses import replace
 
 import pytest
@@ -18,19 +18,19 @@ import taskgrad.ops  # noqa: E402, F401
 from tests.utils import compile_cases, offline  # noqa: E402
 from tests.utils.segments import COUNTS, LAYOUTS, make_problem, poison_memory  # noqa: E402
 
-module = sys.modules["taskgrad.ops.wgrad_gram"]
+kernel = importlib.import_module("taskgrad.ops.triton.wgrad_gram")
 interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
 compiled = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 replaces the compiler")
 # Triton 3.6 converts loop bounds in a way that NumPy deprecates (and refuses from 2.4 on)
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
-SMALL = module.Tile(16, 32, 16, 2, 1, 64)  # 4 steps of the Gram
+SMALL = kernel.Tile(16, 32, 16, 2, 1, 64)  # 4 steps of the Gram
 
 
 def run(problem, *, tile=SMALL, programs=2, accumulate=False):
     dw = torch.ones(problem.parts.shape[1:]) if accumulate else problem.dy.new_empty(problem.parts.shape[1:])
     scratch = problem.dy.dtype  # the interpreter knows no bfloat16
-    gram = module.launch(
+    gram = kernel.launch(
         problem.dy,
         problem.x,
         problem.offsets,
@@ -58,7 +58,7 @@ def test_interpreted_kernel_matches_fp64(counts, dtype, monkeypatch):
 @pytest.mark.parametrize("programs", [1, 2, 7, 50])
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_interpreted_kernel_takes_several_tiles_per_program(programs, accumulate, monkeypatch):
-    problem = make_problem([9, 0, 18], 16 * (module.GROUP + 2) - 3, 65)  # two groups of tiles, the second one lower
+    problem = make_problem([9, 0, 18], 16 * (kernel.GROUP + 2) - 3, 65)  # two groups of tiles, the second one lower
     poison_memory(monkeypatch)
     run(problem, programs=programs, accumulate=accumulate)
 

@@ -57,13 +57,16 @@ def test_16_bit_inputs_are_accumulated_in_float32(dtype):
 
 
 WRONG = [
-    ({"dy": torch.zeros(5, 2, 3).long()}, TypeError, r"dy and x must be of one floating dtype, got torch\.int64"),
-    ({"x": torch.zeros(5, 2, 4).half()}, TypeError, r"dy and x must be of one floating dtype"),
-    ({"x": torch.zeros(5, 2, 4, device="meta")}, TypeError, r"dy and x must be on one cpu or cuda device"),
-    ({"offsets": torch.tensor([0.0, 5.0])}, TypeError, r"offsets int32 or int64, got offsets of torch\.float32"),
+    ({"dy": torch.zeros(5, 2, 3).long()}, TypeError, r"dy must be float32.*got torch\.int64"),
+    ({"x": torch.zeros(5, 2, 4).half()}, TypeError, r"x must be float32, got torch\.float16"),
+    ({"x": torch.zeros(5, 2, 4, device="meta")}, TypeError, r"x must be on cpu as dy is, got meta"),
+    ({"offsets": torch.tensor([0.0, 5.0])}, TypeError, r"offsets must be int64 or int32, got torch\.float32"),
     ({"order": torch.arange(5).int()}, TypeError, r"order must be int64"),
     ({"x": torch.zeros(5, 3, 4)}, ValueError, r"dy and x must have shapes.*got \[5, 2, 3\] and \[5, 3, 4\]"),
-    ({"order": torch.arange(4)}, ValueError, r"order \[5\], got \[2\] and \[4\]"),
+    ({"order": torch.arange(4)}, ValueError, r"order must have shape \[5\], every entry once, got \[4\]"),
+    ({"offsets": torch.tensor([0, 2])}, ValueError, r"offsets must rise from 0 to 5"),
+    ({"order": torch.tensor([0, 1, 2, 3, 5])}, ValueError, r"from 0 to 4 once, got values from 0 to 5"),
+    ({"order": torch.tensor([0, 1, 2, 3, 3])}, ValueError, r"from 0 to 4 once, got 3 more than once"),
     ({"left": torch.zeros(4, 2)}, ValueError, r"left must have shape \[3, r\], got \[4, 2\]"),
     ({"right": torch.zeros(3, 2)}, ValueError, r"right must have shape \[4, r\], got \[3, 2\]"),
 ]

@@ -6,7 +6,7 @@ It proves indexing and masking, nothing about concurrency, and knows no bfloat16
 
 from __future__ import annotations
 
-import sys
+import importlib
 from dataclasses import replace
 from itertools import pairwise
 
@@ -19,7 +19,7 @@ from tests.utils import compile_cases, offline  # noqa: E402
 from tests.utils.rows import COUNTS, make_rows  # noqa: E402
 from tests.utils.segments import poison_memory  # noqa: E402
 
-module = sys.modules["taskgrad.ops.wgrad_sketch"]
+kernel = importlib.import_module("taskgrad.ops.triton.wgrad_sketch")
 interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
 compiled = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 replaces the compiler")
 # Triton 3.6 converts loop bounds in a way that NumPy deprecates (and refuses from 2.4 on)
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Many tiles, steps and splits for few rows."""
-    monkeypatch.setattr(module, "tile_config", lambda dtype, r0, r1: module.Tile(16, 16, 16, 1, 1))
-    monkeypatch.setattr(module, "SPLIT_ROWS", 20)
+    monkeypatch.setattr(kernel, "tile_config", lambda dtype, r0, r1: kernel.Tile(16, 16, 16, 1, 1))
+    monkeypatch.setattr(kernel, "SPLIT_ROWS", 20)
 
 
 def run(u, v, order, offsets, processors):
@@ -39,7 +39,7 @@ def run(u, v, order, offsets, processors):
         torch.einsum("nmi,nmj->ij", *(t[start:end].double() for t in ordered))
         for start, end in pairwise(offsets.tolist())
     ]
-    got = module.launch(u.flatten(0, 1), v.flatten(0, 1), u.shape[1], order, offsets, processors)
+    got = kernel.launch(u.flatten(0, 1), v.flatten(0, 1), u.shape[1], order, offsets, processors)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), torch.stack(want), rtol=1e-5, atol=1e-4)
 
@@ -78,7 +78,7 @@ def test_interpreted_kernel_takes_columns_that_are_not_adjacent():
 def test_interpreted_kernel_keeps_nan_in_its_segment():
     u = torch.randn(20, 5)
     u[3, 2] = float("nan")
-    out = module.launch(u, torch.randn(20, 4), 1, None, torch.tensor([0, 5, 20]), 2)
+    out = kernel.launch(u, torch.randn(20, 4), 1, None, torch.tensor([0, 5, 20]), 2)
     assert out[0, 2].isnan().all() and out[1].isfinite().all() and out[0, 3].isfinite().all()
 
 

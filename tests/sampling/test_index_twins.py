@@ -125,7 +125,9 @@ def test_the_extension_refuses_what_would_corrupt_memory() -> None:
     for weights in ([1 << 40], [1, 1], [(1 << 40) + 1, -1]):
         with pytest.raises(ValueError, match="weights must"):
             engine.commit(3, np.array(weights))
-    engine.commit(4, np.array([1 << 39, 1 << 39]))
+    halves = np.array([1 << 39, 1 << 39])
+    with pytest.raises(ValueError, match="first batch"):
+        engine.commit(4, halves)
     for k in (2, 3):
         with pytest.raises(IndexError):
             engine.draw(k)

@@ -14,8 +14,8 @@ POINTER = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf1
 
 
 def op(stem: str) -> ModuleType:
-    """The module ``taskgrad.ops.<stem>``; the attribute of ``taskgrad.ops`` of that name is the function."""
-    return importlib.import_module(f"taskgrad.ops.{stem}")
+    """The module of the Triton kernel."""
+    return importlib.import_module(f"taskgrad.ops.triton.{stem}")
 
 
 def sum_gram() -> list[Case]:

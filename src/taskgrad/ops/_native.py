@@ -8,6 +8,10 @@ Three ways, tried in this order and only when a kernel is first needed, never at
    of LibTorch, whose headers compile in seconds;
 3. the reference in Python, with one warning that says why.
 
+A library is loaded only if it is whole (its SHA-256 is in a file beside it: loading a truncated one kills the process)
+and names the sources of this package as its own (what an old one registers cannot be taken back); else it is
+built anew.
+
 The environment variable ``TASKGRAD_NATIVE`` overrides this: ``0`` takes the reference, ``1`` makes it an
 error if the native kernels cannot be had. ``TORCH_EXTENSIONS_DIR`` moves the cache, as it does for torch's
 own extensions.
@@ -21,6 +25,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
@@ -37,6 +42,7 @@ Kind = Literal["ahead of time", "compiled on first use", "reference"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARY = "taskgrad_ops"
+KERNELS = ("memory_dot", "norm_segment_sum", "segment_sum", "segments_hold", "sum_gram")
 _lock = threading.Lock()
 
 
@@ -63,6 +69,11 @@ def status() -> NativeStatus:
         return _status()
 
 
+def ready() -> bool:
+    """Whether the native kernels are in force; loads them if that has not been tried."""
+    return status().kind != "reference"
+
+
 @functools.cache
 def _status() -> NativeStatus:
     wish = os.environ.get("TASKGRAD_NATIVE", "")
@@ -85,20 +96,78 @@ def _status() -> NativeStatus:
         return NativeStatus("reference", reason)
 
 
+def compiler() -> list[str]:
+    """The C++ compiler as torch calls it: ``CXX``, a command that may have arguments (``ccache g++``), or ``c++``.
+
+    Raises:
+        RuntimeError: it is not on PATH.
+    """
+    wish = os.environ.get("CXX", "c++")
+    try:
+        command = shlex.split(wish)
+    except ValueError as error:
+        raise RuntimeError(f"no C++ compiler: CXX is {wish!r} ({error})") from None
+    if not command or shutil.which(command[0]) is None:
+        name = command[0] if command else wish
+        raise RuntimeError(f"no C++ compiler: {name!r} is not on PATH (install g++ 9 or newer, or set CXX)")
+    return command
+
+
 def _load_built() -> NativeStatus | None:
     for library in sorted(_PACKAGE.glob("_C*.so")):
-        torch.ops.load_library(library)
-        return NativeStatus("ahead of time", str(library))
+        fault = _fault(library)
+        if fault is None:
+            try:
+                _load(library)
+            except (OSError, RuntimeError) as error:
+                fault = str(error)
+            else:
+                return NativeStatus("ahead of time", str(library))
+        print(f"taskgrad: {library} is not used: {fault}", file=sys.stderr, flush=True)
     return None
 
 
 def _load_compiled() -> NativeStatus:
     source_dir, recipe = _recipe()
     library = _cache_dir() / _key(source_dir, recipe) / f"{_LIBRARY}.so"
-    if not library.exists():
+    if _fault(library) is not None:
         _compile(source_dir, recipe, library)
-    torch.ops.load_library(library)
+    _load(library)
     return NativeStatus("compiled on first use", str(library))
+
+
+def _load(library: Path) -> None:
+    torch.ops.load_library(library)
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    missing = [name for name in KERNELS if not has_kernel(f"taskgrad::{name}", "CPU")]
+    if missing:  # calls to them would come back to Python for ever
+        raise RuntimeError(f"{library} has no kernel for {', '.join(missing)}")
+
+
+def _fault(library: Path) -> str | None:
+    """Why ``library`` must not be loaded; None if it is whole and of this package's sources."""
+    try:
+        content = library.read_bytes()
+        recorded = _record(library).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        return f"it or its SHA-256 cannot be read ({error})"
+    if hashlib.sha256(content).hexdigest() != recorded.strip():
+        return "it is damaged: its SHA-256 is not the recorded one"
+    if f"taskgrad built from {sources_digest(*_recipe())}\0".encode() not in content:
+        return "it was built from other sources"
+    return None
+
+
+def _record(library: Path) -> Path:
+    return library.with_name(f"{library.name}.sha256")
+
+
+def sources_digest(source_dir: Path, recipe: dict[str, list[str]]) -> str:
+    """What a library calls the sources it was built from; ``setup.py`` computes the same."""
+    digest = hashlib.sha256((source_dir / "build.json").read_bytes())
+    for source in (*recipe["sources"], *recipe["headers"]):
+        digest.update((source_dir / source).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _recipe() -> tuple[Path, dict[str, list[str]]]:
@@ -117,33 +186,48 @@ def _cache_dir() -> Path:
 
 def _key(source_dir: Path, recipe: dict[str, list[str]]) -> str:
     """A name that changes with everything the library depends on; torch's version stands for its headers."""
-    digest = hashlib.sha256(json.dumps([recipe, torch.__version__, platform.machine(), platform.libc_ver()]).encode())
-    for source in (*recipe["sources"], *recipe["headers"]):
-        digest.update((source_dir / source).read_bytes())
-    return digest.hexdigest()[:16]
+    facts = [sources_digest(source_dir, recipe), torch.__version__, platform.machine(), platform.libc_ver()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def _compile(source_dir: Path, recipe: dict[str, list[str]], library: Path) -> None:
     """Compile in a scratch folder, then move the library to its place in one step: never seen half done."""
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        raise RuntimeError(f"no C++ compiler: {compiler!r} is not on PATH (install g++ 9 or newer, or set CXX)")
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with _file_lock(library.parent / "lock"):
-        if library.exists():  # another process was faster
+    command = compiler()
+    folder = library.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with _file_lock(folder / "lock"):
+        if _fault(library) is None:  # another process was faster
             return
+        for left in folder.glob("build-*"):  # by a process that was killed: this one holds the lock
+            shutil.rmtree(left, ignore_errors=True)
         from torch.utils import cpp_extension
 
-        print(f"taskgrad: compiling its CPU kernels, once, into {library.parent}", file=sys.stderr, flush=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch, _ninja_on_path():
+        print(f"taskgrad: compiling its CPU kernels, once, into {folder}", file=sys.stderr, flush=True)
+        with (
+            tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch,
+            _build_environment(command, Path(scratch)),
+        ):
             cpp_extension.load(
                 _LIBRARY,
                 [str(source_dir / source) for source in recipe["sources"]],
-                extra_cflags=recipe["cflags"],
+                extra_cflags=[*recipe["cflags"], f"-DTASKGRAD_SOURCES={sources_digest(source_dir, recipe)}"],
                 build_directory=scratch,
                 is_python_module=False,
             )
-            os.replace(Path(scratch) / library.name, library)
+            built = Path(scratch) / library.name
+            record = _record(built)
+            record.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
+            _move(built, library)
+            _move(record, _record(library))
+
+
+def _move(file: Path, to: Path) -> None:
+    """Put a file in the place of whatever is there, once its content is on the disk."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+    if to.is_dir() and not to.is_symlink():
+        shutil.rmtree(to)
+    os.replace(file, to)
 
 
 @contextlib.contextmanager
@@ -157,13 +241,25 @@ def _file_lock(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ninja_on_path() -> Iterator[None]:
-    """torch looks for ninja on PATH, where pip's ninja is only if the virtual environment is active."""
+def _build_environment(command: list[str], scratch: Path) -> Iterator[None]:
+    """What torch needs to find ninja, where pip's is on PATH only if the virtual environment is active, and a compiler
+    that is more than one word, which it would look for as one: a script in ``scratch`` is that word."""
     import ninja
 
-    before = os.environ.get("PATH", os.defpath)
-    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, before])
+    changes = {"PATH": os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])}
+    if len(command) > 1:
+        script = scratch / "c++"
+        script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        script.chmod(0o755)
+        changes["CXX"] = str(script)
+        changes["TORCH_DONT_CHECK_COMPILER_ABI"] = "1"  # it warns of one it does not know; the library's ABI is C
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
     try:
         yield
     finally:
-        os.environ["PATH"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

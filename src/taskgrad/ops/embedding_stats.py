@@ -12,17 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .segment_sum import add_parts, rows_per_program, stat_dtype
-from .sum_gram import triton_obstacle
+from . import _shared
+from ._shared import stat_dtype, triton_obstacle
 from .wgrad_sketch import segment_products
-
-try:
-    import triton
-    import triton.language as tl
-
-    from .segment_sum import first_and_last_segment
-except ImportError:  # no wheel for this platform: plain torch runs on its GPUs
-    triton = None
 
 torch.library.define(
     "taskgrad::embedding_stats",
@@ -54,22 +46,58 @@ def embedding_stats(
 
     Returns:
         dW [V, d] in the dtype of ``dy`` and S [S, r0, r1], float64 for float64 and float32 otherwise.
+        NaN throughout where values of index, order or offsets on a GPU are malformed.
 
     Raises:
-        TypeError: ``index`` does not hold integers.
-        ValueError: shapes that do not fit.
+        TypeError: a dtype or a device that is not supported.
+        ValueError: shapes that do not fit, or the values of index, order or offsets on a CPU.
     """
-    if index.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"index must be int64 or int32, got {index.dtype}")
+    _check(dy, index, order, offsets, num_embeddings, padding_idx)
+    _check_maps(dy, num_embeddings, left, right)
+    _shared.check_real("dy", dy)
+    maps = (None if side is None else side.detach() for side in (left, right))
+    dw, stats = torch.ops.taskgrad.embedding_stats(
+        dy.detach(), index, order, offsets, num_embeddings, padding_idx, *maps
+    )
+    wrong = _fault_on_gpu(index, order, offsets, num_embeddings)
+    return _shared.spoiled(dw, wrong), _shared.spoiled(stats, wrong)
+
+
+def _check(
+    dy: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor, num_embeddings: int, padding_idx: int
+) -> None:
+    _shared.check_operand("dy", dy)
+    _shared.check_operand("index", index, (torch.int64, torch.int32))
+    if index.device != dy.device:
+        raise TypeError(f"index must be on {dy.device} as dy is, got {index.device}: use index.to(dy.device)")
+    _shared.check_segments(order, offsets, "dy", dy)
     if dy.dim() != 3 or index.shape != dy.shape[:2]:
         raise ValueError(f"dy must be [E, M, d] and index [E, M], got {list(dy.shape)} and {list(index.shape)}")
-    for side, size, name in ((left, num_embeddings, "left"), (right, dy.shape[2], "right")):
-        if side is not None and (side.dim() != 2 or side.shape[0] != size):
-            raise ValueError(f"{name} must have shape [{size}, r], got {list(side.shape)}")
-    dw, stats = torch.ops.taskgrad.embedding_stats(
-        dy.detach(), index, order, offsets, num_embeddings, padding_idx, left, right
-    )
-    return dw, stats
+    _shared.check_segment_shapes(order, offsets, dy.shape[0])
+    if not 0 <= num_embeddings * offsets.shape[0] < 1 << 62:  # pairs of a row and a segment are numbered
+        raise ValueError(f"num_embeddings must not be negative, nor beyond 2**62 / (S + 1), got {num_embeddings}")
+    if not -1 <= padding_idx < max(num_embeddings, 1):
+        raise ValueError(f"padding_idx must lie in [-1, {num_embeddings}), -1 for none, got {padding_idx}")
+
+
+def _check_maps(dy: Tensor, num_embeddings: int, left: Tensor | None, right: Tensor | None) -> None:
+    _shared.check_map("left", left, "dy", dy)
+    _shared.check_map("right", right, "dy", dy)
+    _shared.check_map_shape("left", left, num_embeddings)
+    _shared.check_map_shape("right", right, dy.shape[2])
+
+
+def _check_values(index: Tensor, order: Tensor | None, offsets: Tensor, num_embeddings: int) -> None:
+    _shared.check_index("index", index, num_embeddings)
+    _shared.check_values(order, offsets, index.shape[0])
+
+
+def _fault_on_gpu(index: Tensor, order: Tensor | None, offsets: Tensor, num_embeddings: int) -> Tensor | None:
+    if index.device.type == "cpu":
+        return None
+    wrong = ((index < 0) | (index >= num_embeddings)).any()
+    segments = _shared.fault_on_gpu(order, offsets, index.shape[0])
+    return wrong if segments is None else wrong | segments
 
 
 def reference(
@@ -90,7 +118,7 @@ def reference(
     block = wide.new_zeros(segments * num_embeddings, dy.shape[2])
     # not index_add, which on a GPU adds in any order
     block.index_put_((rows.flatten(),), wide.flatten(0, 1), accumulate=True)
-    stats = block.view(segments, num_embeddings, -1)
+    stats = block.view(segments, num_embeddings, dy.shape[2])
     stats = stats if left is None else left.to(stats.dtype).mT @ stats
     return stats if right is None else stats @ right.to(stats.dtype)
 
@@ -99,10 +127,11 @@ def segment_of_entries(order: Tensor | None, offsets: Tensor, entries: int) -> T
     """Segment of every entry [E], in the order in which they were given."""
     positions = torch.arange(entries, dtype=offsets.dtype, device=offsets.device)
     segment = torch.searchsorted(offsets[1:].contiguous(), positions, right=True)
+    segment.clamp_(max=max(offsets.shape[0] - 2, 0))  # entries behind malformed offsets are nobody's
     if order is None:
         return segment
     segment = segment.to(order.device, non_blocking=True)
-    return torch.empty_like(segment).index_copy_(0, order, segment)
+    return torch.zeros_like(segment).index_copy_(0, _shared.within(order, entries), segment)
 
 
 @torch.library.register_fake("taskgrad::embedding_stats")  # type: ignore[untyped-decorator]
@@ -116,6 +145,8 @@ def _fake(
     left: Tensor | None,
     right: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    _check(dy, index, order, offsets, num_embeddings, padding_idx)
+    _check_maps(dy, num_embeddings, left, right)
     r0 = num_embeddings if left is None else left.shape[1]
     r1 = dy.shape[-1] if right is None else right.shape[1]
     stats = dy.new_empty(offsets.shape[0] - 1, r0, r1, dtype=stat_dtype(dy))
@@ -133,7 +164,10 @@ def _cpu(
     left: Tensor | None,
     right: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    dw = torch.ops.aten.embedding_dense_backward(dy, index, num_embeddings, padding_idx, False)
+    _check(dy, index, order, offsets, num_embeddings, padding_idx)
+    _check_maps(dy, num_embeddings, left, right)
+    _check_values(index, order, offsets, num_embeddings)
+    dw = _dense(dy, index, num_embeddings, padding_idx)
     if left is None:
         return dw, reference(dy, index, order, offsets, num_embeddings, padding_idx, left, right)
     v = _projected(dy, index, padding_idx, right)
@@ -151,14 +185,27 @@ def _cuda(
     left: Tensor | None,
     right: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    dw = torch.ops.aten.embedding_dense_backward(dy, index, num_embeddings, padding_idx, False)
+    _check(dy, index, order, offsets, num_embeddings, padding_idx)
+    _check_maps(dy, num_embeddings, left, right)
+    _shared.check_values(None, offsets, dy.shape[0])
+    index = _shared.within(index, num_embeddings)
+    dw = _dense(dy, index, num_embeddings, padding_idx)
     offsets = offsets.to(dy.device, non_blocking=True)
-    fits = left is not None and dy.numel() > 0 and dy.dtype != torch.float64
+    fits = left is not None and dy.numel() > 0 and dy.dtype != torch.float64 and offsets.shape[0] > 1
     if not fits or triton_obstacle(dy.device) is not None:
         return dw, reference(dy, index, order, offsets, num_embeddings, padding_idx, left, right)
     assert left is not None
+    from .triton import embedding_stats as kernel
+
     with torch.cuda.device(dy.device):
-        return dw, launch(_projected(dy, index, padding_idx, right), index, order, offsets, left)
+        return dw, kernel.launch(_projected(dy, index, padding_idx, right), index, order, offsets, left)
+
+
+def _dense(dy: Tensor, index: Tensor, num_embeddings: int, padding_idx: int) -> Tensor:
+    if dy.numel() == 0:
+        return dy.new_zeros(num_embeddings, dy.shape[2])
+    dw: Tensor = torch.ops.aten.embedding_dense_backward(dy, index, num_embeddings, padding_idx, False)
+    return dw
 
 
 def _projected(dy: Tensor, index: Tensor, padding_idx: int, right: Tensor | None) -> Tensor:
@@ -167,7 +214,6 @@ def _projected(dy: Tensor, index: Tensor, padding_idx: int, right: Tensor | None
     return v if padding_idx < 0 else v.masked_fill((index == padding_idx)[..., None], 0)
 
 
-@torch.library.custom_op("taskgrad::embedding_gram", mutates_args=())
 def embedding_gram(
     dy: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor, num_embeddings: int, padding_idx: int = -1
 ) -> Tensor:
@@ -180,7 +226,23 @@ def embedding_gram(
 
     Args:
         dy, index, order, offsets, num_embeddings, padding_idx: as for ``embedding_stats``.
+
+    Raises:
+        TypeError, ValueError: as ``embedding_stats``.
     """
+    _check(dy, index, order, offsets, num_embeddings, padding_idx)
+    _shared.check_real("dy", dy)
+    gram = torch.ops.taskgrad.embedding_gram(dy.detach(), index, order, offsets, num_embeddings, padding_idx)
+    return _shared.spoiled(gram, _fault_on_gpu(index, order, offsets, num_embeddings))
+
+
+@torch.library.custom_op("taskgrad::embedding_gram", mutates_args=())
+def _gram_op(
+    dy: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor, num_embeddings: int, padding_idx: int = -1
+) -> Tensor:
+    _check(dy, index, order, offsets, num_embeddings, padding_idx)
+    _check_values(index, order, offsets, num_embeddings)
+    index = _shared.within(index, num_embeddings)
     segments = offsets.shape[0] - 1
     offsets = offsets.to(dy.device, non_blocking=True)
     segment = segment_of_entries(order, offsets, dy.shape[0])
@@ -207,109 +269,10 @@ def embedding_gram(
     return (gram + gram.mT) / 2
 
 
-@embedding_gram.register_fake
+@_gram_op.register_fake
 def _fake_gram(
     dy: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor, num_embeddings: int, padding_idx: int = -1
 ) -> Tensor:
+    _check(dy, index, order, offsets, num_embeddings, padding_idx)
     segments = offsets.shape[0] - 1
     return dy.new_empty(segments, segments, dtype=torch.float64)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Triton. The rows are split over programs as in ``segment_sum``, whatever the segments are; a program multiplies the
-# rows of L that its tokens name with its rows of dY R, segment by segment:
-#
-#     left      [V, r0]              rows gathered by token
-#     v         [E, M, r1]  fp32     dY R
-#     partials  [P + S, r0 · r1]     program p's part of segment s is row p + s; added in the order of p
-
-BLOCK_N = 32
-
-
-def rank_blocks(r0: int, r1: int) -> tuple[int, int]:
-    """Columns of L and R at a time; a product needs 16."""
-    block_0, block_1 = (min(32, max(16, int(triton.next_power_of_2(r)))) for r in (r0, r1))
-    return block_0, block_1
-
-
-if triton is not None:
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def embedding_sketch_kernel(  # type: ignore[no-untyped-def]
-        left,
-        v,
-        index,  # [E, M]
-        order,  # [E] int64 or None: sorted already
-        offsets,  # [S + 1]
-        partials,
-        N,
-        M,
-        S,
-        R,
-        r0,
-        r1,
-        S_PAD: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        R0: tl.constexpr,
-        R1: tl.constexpr,
-    ):
-        p = tl.program_id(0).to(tl.int64)
-        i = tl.program_id(1) * R0 + tl.arange(0, R0)
-        j = tl.program_id(2) * R1 + tl.arange(0, R1)
-        lo = p * R
-        hi = tl.minimum(lo + R, N)
-        first, last = first_and_last_segment(offsets, lo, hi, M, S, S_PAD)
-        for s in range(first, last + 1):
-            start = tl.maximum(tl.load(offsets + s).to(tl.int64) * M, lo)
-            end = tl.minimum(tl.load(offsets + s + 1).to(tl.int64) * M, hi)
-            sketch = tl.zeros((R0, R1), dtype=tl.float32)
-            for n in range(start, end, BLOCK_N):
-                rows = n + tl.arange(0, BLOCK_N)
-                inside = rows < end
-                entry = rows // M
-                row = rows - entry * M
-                if order is not None:
-                    entry = tl.load(order + entry, mask=inside, other=0)
-                at = entry * M + row
-                token = tl.load(index + at, mask=inside, other=0).to(tl.int64)
-                mask = inside[None, :] & (i < r0)[:, None]
-                signs = tl.load(left + token[None, :] * r0 + i[:, None], mask=mask, other=0.0)
-                mask = inside[:, None] & (j < r1)[None, :]
-                values = tl.load(v + at[:, None] * r1 + j[None, :], mask=mask, other=0.0)
-                # not rounded to tf32
-                sketch += tl.dot(signs, values, input_precision="ieee")
-            out = partials + ((p + s) * r0 + i)[:, None] * r1 + j[None, :]
-            tl.store(out, sketch, mask=(i < r0)[:, None] & (j < r1)[None, :])
-
-
-def launch(v: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor) -> Tensor:
-    """Run the Triton kernel on v = dY R [E, M, r1] float32, not empty, and L [V, r0]: [S, r0, r1]."""
-    E, M, r1 = v.shape
-    S, r0 = offsets.shape[0] - 1, left.shape[1]
-    v, index, left = v.contiguous(), index.contiguous(), left.to(torch.float32).contiguous()
-    block_0, block_1 = rank_blocks(r0, r1)
-    blocks = triton.cdiv(r0, block_0), triton.cdiv(r1, block_1)
-    R = rows_per_program(E * M, blocks[0] * blocks[1], BLOCK_N, 1)
-    P = triton.cdiv(E * M, R)
-    partials = torch.empty(1, P + S, r0 * r1, dtype=torch.float32, device=v.device)
-    grid = (P, *blocks)
-    embedding_sketch_kernel[grid](
-        left,
-        v,
-        index,
-        order,
-        offsets,
-        partials,
-        E * M,
-        M,
-        S,
-        R,
-        r0,
-        r1,
-        S_PAD=triton.next_power_of_2(S),
-        BLOCK_N=BLOCK_N,
-        R0=block_0,
-        R1=block_1,
-        num_warps=4,
-    )
-    return add_parts(partials, offsets, M, R).view(S, r0, r1)

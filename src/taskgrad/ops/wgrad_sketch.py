@@ -9,19 +9,12 @@ R) they are formed instead, and dW is their sum: splitting the product by task c
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .segment_sum import stat_dtype
-from .sum_gram import DTYPES, triton_obstacle
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no wheel for this platform: the reference runs on its GPUs
-    triton = None
+from . import _shared
+from ._shared import stat_dtype, triton_obstacle
 
 torch.library.define(
     "taskgrad::wgrad_sketch",
@@ -39,39 +32,44 @@ def wgrad_sketch(
             bfloat16 or float16.
         x: [E, M, d_in], input, same dtype and device as ``dy``.
         order: int64 [E], entries sorted by segment, on the device of ``dy``; ``None`` if sorted already.
-        offsets: int32 or int64 [S + 1]; segment s owns entries ``order[offsets[s]:offsets[s + 1]]``. On the CPU, or
-            for CUDA inputs on their device, where its values are never looked at by the host.
+        offsets: int32 or int64 [S + 1], rising from 0 to E; segment s owns entries
+            ``order[offsets[s]:offsets[s + 1]]``. On the CPU, or for CUDA inputs on their device, where its values are
+            never looked at by the host.
         left: [d_out, r0] or ``None`` for the identity.
         right: [d_in, r1] or ``None`` for the identity. Both with entries that the dtype of ``dy`` holds exactly, as ±1.
 
     Returns:
         dW [d_out, d_in] in the dtype of ``dy`` and S [S, r0, r1] with S_s = leftᵀ G_s right, float64 for float64 and
-        float32 otherwise.
+        float32 otherwise. NaN throughout where order or offsets on a GPU are malformed.
 
     Raises:
         TypeError: a dtype or a device that is not supported.
-        ValueError: a shape that is not.
+        ValueError: a shape that is not, or the values of order or offsets on a CPU.
     """
-    if dy.dtype not in DTYPES or x.dtype != dy.dtype:
-        raise TypeError(f"dy and x must be of one floating dtype, got {dy.dtype} and {x.dtype}: convert them first")
-    if dy.device.type not in ("cpu", "cuda") or x.device != dy.device:
-        raise TypeError(f"dy and x must be on one cpu or cuda device, got {dy.device} and {x.device}: move them first")
-    if offsets.dtype not in (torch.int32, torch.int64) or (order is not None and order.dtype != torch.int64):
-        raise TypeError(f"order must be int64 and offsets int32 or int64, got offsets of {offsets.dtype}")
+    check_entries(dy, x, order, offsets, left, right)
+    _shared.check_real("dy", dy)
+    maps = (None if side is None else side.detach() for side in (left, right))
+    dw, stats = torch.ops.taskgrad.wgrad_sketch(dy.detach(), x.detach(), order, offsets, *maps)
+    wrong = _shared.fault_on_gpu(order, offsets, dy.shape[0])
+    return _shared.spoiled(dw, wrong), _shared.spoiled(stats, wrong)
+
+
+def check_entries(
+    dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
+) -> None:
+    """Raise unless everything is as ``wgrad_sketch`` says, but for the values of ``order`` and ``offsets``."""
+    _shared.check_operand("dy", dy)
+    _shared.check_like("x", x, "dy", dy)
+    _shared.check_segments(order, offsets, "dy", dy)
+    _shared.check_map("left", left, "dy", dy)
+    _shared.check_map("right", right, "dy", dy)
     if dy.dim() != 3 or x.dim() != 3 or x.shape[:2] != dy.shape[:2]:
         raise ValueError(
             f"dy and x must have shapes [E, M, d_out] and [E, M, d_in], got {list(dy.shape)} and {list(x.shape)}"
         )
-    if offsets.dim() != 1 or offsets.shape[0] == 0 or (order is not None and order.shape != dy.shape[:1]):
-        raise ValueError(
-            f"offsets must have shape [S + 1] and order [{dy.shape[0]}], got {list(offsets.shape)} and "
-            f"{None if order is None else list(order.shape)}"
-        )
-    for name, side, d in (("left", left, dy.shape[2]), ("right", right, x.shape[2])):
-        if side is not None and (side.dim() != 2 or side.shape[0] != d):
-            raise ValueError(f"{name} must have shape [{d}, r], got {list(side.shape)}")
-    dw, stats = torch.ops.taskgrad.wgrad_sketch(dy.detach(), x.detach(), order, offsets, left, right)
-    return dw, stats
+    _shared.check_segment_shapes(order, offsets, dy.shape[0])
+    _shared.check_map_shape("left", left, dy.shape[2])
+    _shared.check_map_shape("right", right, x.shape[2])
 
 
 def reference(
@@ -83,8 +81,9 @@ def reference(
     u = u if left is None else u @ left.to(u.dtype)
     v = v if right is None else v @ right.to(v.dtype)
     if order is not None:
+        order = _shared.within(order, dy.shape[0])
         u, v = (rows.unflatten(0, dy.shape[:2]).index_select(0, order).flatten(0, 1) for rows in (u, v))
-    return dw, masked_products(u, v, offsets * dy.shape[1])
+    return dw, masked_products(u, v, offsets.long() * dy.shape[1])
 
 
 def masked_products(u: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
@@ -101,6 +100,7 @@ def masked_products(u: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
 def _fake(
     dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    check_entries(dy, x, order, offsets, left, right)
     r0 = dy.shape[-1] if left is None else left.shape[1]
     r1 = x.shape[-1] if right is None else right.shape[1]
     stats = dy.new_empty(offsets.shape[0] - 1, r0, r1, dtype=stat_dtype(dy))
@@ -111,6 +111,8 @@ def _fake(
 def _cpu(
     dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    check_entries(dy, x, order, offsets, left, right)
+    _shared.check_values(order, offsets, dy.shape[0])
     if splitting_is_cheaper(dy, x, offsets, left, right):
         dtype = stat_dtype(dy)
         grads = segment_products(dy.to(dtype), x.to(dtype), order, offsets)
@@ -118,13 +120,16 @@ def _cpu(
         stats = stats if right is None else stats @ right.to(dtype)
         return grads.sum(0).to(dy.dtype), stats
     stats = sketch_of_rows(dy, x, order, offsets, left, right)
-    return dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1]), stats
+    return dy.flatten(0, 1).mT @ x.flatten(0, 1), stats
 
 
 def sketch_of_rows(
     dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
 ) -> Tensor:
     """(dY_s L)ᵀ (X_s R) for every segment: ``wgrad_sketch`` without the weight gradient, on either device."""
+    if dy.shape[2] == 0 or x.shape[2] == 0:  # 0, also where the other holds NaN
+        r0, r1 = (rows.shape[2] if side is None else side.shape[1] for rows, side in ((dy, left), (x, right)))
+        return dy.new_zeros(offsets.shape[0] - 1, r0, r1, dtype=stat_dtype(dy))
     if dy.device.type == "cpu":
         u, v = _sketched(dy, left), _sketched(x, right)
         return segment_products(u.to(stat_dtype(u)), v.to(stat_dtype(v)), order, offsets)
@@ -134,11 +139,14 @@ def sketch_of_rows(
     if empty or u.dtype == torch.float64 or triton_obstacle(dy.device) is not None:
         u, v = (rows.to(stat_dtype(rows)).unflatten(0, dy.shape[:2]) for rows in (u, v))
         if order is not None:
+            order = _shared.within(order, dy.shape[0])
             u, v = u.index_select(0, order), v.index_select(0, order)
-        return masked_products(u.flatten(0, 1), v.flatten(0, 1), offsets * dy.shape[1])
+        return masked_products(u.flatten(0, 1), v.flatten(0, 1), offsets.long() * dy.shape[1])
+    from .triton import wgrad_sketch as kernel
+
     with torch.cuda.device(dy.device):
         processors = torch.cuda.get_device_properties(dy.device).multi_processor_count
-        return launch(u, v, dy.shape[1], order, offsets, processors)
+        return kernel.launch(u, v, dy.shape[1], order, offsets, processors)
 
 
 def _sketched(rows: Tensor, side: Tensor | None) -> Tensor:
@@ -174,7 +182,7 @@ def segment_products(u: Tensor, v: Tensor, order: Tensor | None, offsets: Tensor
     if order is not None:
         u, v = u.index_select(0, order), v.index_select(0, order)
     rows = u.shape[1]
-    u, v = u.reshape(-1, u.shape[-1]), v.reshape(-1, v.shape[-1])
+    u, v = u.flatten(0, 1), v.flatten(0, 1)
     out = u.new_zeros(len(bounds) - 1, u.shape[-1], v.shape[-1])
     for t, (start, end) in enumerate(pairwise(bounds)):
         if end > start:
@@ -186,125 +194,9 @@ def segment_products(u: Tensor, v: Tensor, order: Tensor | None, offsets: Tensor
 def _cuda(
     dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    check_entries(dy, x, order, offsets, left, right)
+    _shared.check_values(None, offsets, dy.shape[0])
     stats = sketch_of_rows(dy, x, order, offsets, left, right)
     if left is None and right is None:  # the product is there already, split by segment
         return stats.sum(0).to(dy.dtype), stats
     return dy.flatten(0, 1).mT @ x.flatten(0, 1), stats
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Triton: a product per segment with K of any length, which cuBLAS only does if the host knows the lengths.
-#
-#     u, v      [E * M, r0], [E * M, r1]   as in memory; row i of the sorted ones is order[i // M] * M + i % M, and
-#                                          segment s has the rows offsets[s] * M <= i < offsets[s + 1] * M
-#     partials  [S, splits, r0, r1]        fp32; split k of a segment has the k-th of `splits` runs of its rows, so that
-#                                          a few tiles fill the GPU; added afterwards in a fixed order, no atomics
-#
-# Program: (tile of r0 x r1, segment, split).
-#
-# Why two skinny products and no kernel that sketches inside the dense product. On an H100 at 600 TFLOP/s and 3 TB/s the
-# dense product of N = 8192 rows, d = 4096, bfloat16, takes 458 us; U and V read dY and X once more, 134 MB or 45 us,
-# whatever S. The fused way ("prefix": never reset the accumulator C, write L_tileᵀ C R_tile at every end of a segment,
-# take differences afterwards) was compiled and left out:
-# - it writes S r0 r1 numbers for each of 1024 tiles, 151 MB at S = 9 and r0 = r1 = 64, and reads them to add them up;
-# - its products take the tensor cores 2 S (128 * 128 r0 + 128 r0 r1) operations a tile at TF32's half rate, a fifth of
-#   the dense product's own time, and its dense part would have to be as fast as cuBLAS;
-# - TF32 rounds the sum of all tasks so far, which drowns a rare one. In three TF32 products (tf32x3) it spills 1.5 to
-#   2.4 KB a thread at 128 x 128 (r = 16, 32, 64; sm_90, Triton 3.7.1), and 0.5 to 1.9 KB at 64 x 128.
-
-
-class Tile(NamedTuple):
-    """Tile of r0 x r1, rows per step, launch shape."""
-
-    height: int
-    width: int
-    depth: int
-    warps: int
-    stages: int
-
-
-def tile_config(dtype: torch.dtype, r0: int, r1: int) -> Tile:
-    """The largest tile that spills no registers; fp32 is multiplied on the FMA units."""
-    if dtype == torch.float32:
-        return Tile(32, 32, 32, 4, 3) if max(r0, r1) <= 32 else Tile(64, 64, 32, 4, 3)
-    return Tile(64, 64, 64, 4, 3) if min(r0, r1) <= 64 else Tile(128, 128, 64, 8, 3)
-
-
-SPLIT_ROWS = 256  # per segment and program at least, on average
-PARTIALS = 1 << 24  # numbers at most
-
-if triton is not None:
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def segment_products_kernel(  # type: ignore[no-untyped-def]
-        u,  # [E * M, r0]
-        v,  # [E * M, r1]
-        order,  # [E], not read if not ORDERED
-        offsets,  # [S + 1]
-        partials,
-        M,
-        r0,
-        r1,
-        u_stride,
-        v_stride,
-        HEIGHT: tl.constexpr,
-        WIDTH: tl.constexpr,
-        DEPTH: tl.constexpr,
-        ORDERED: tl.constexpr,
-    ):
-        across = tl.cdiv(r1, WIDTH)
-        a_column = (tl.program_id(0) // across) * HEIGHT + tl.arange(0, HEIGHT)
-        b_column = (tl.program_id(0) % across) * WIDTH + tl.arange(0, WIDTH)
-        segment, split = tl.program_id(1), tl.program_id(2)
-        start = tl.load(offsets + segment).to(tl.int64) * M
-        end = tl.load(offsets + segment + 1).to(tl.int64) * M
-        steps = tl.cdiv(tl.cdiv(end - start, DEPTH), tl.num_programs(2))
-        start += split * steps * DEPTH
-        end = tl.minimum(end, start + steps * DEPTH)
-        product = tl.zeros((HEIGHT, WIDTH), tl.float32)
-        for i in range(tl.cdiv(tl.maximum(end - start, 0), DEPTH).to(tl.int32)):
-            row = start + i * DEPTH + tl.arange(0, DEPTH)
-            inside = row < end
-            if ORDERED:
-                row = tl.load(order + row // M, inside, other=0) * M + row % M
-            a_inside = inside[:, None] & (a_column < r0)[None, :]
-            b_inside = inside[:, None] & (b_column < r1)[None, :]
-            a = tl.load(u + row[:, None] * u_stride + a_column[None, :], a_inside, other=0.0)
-            b = tl.load(v + row[:, None] * v_stride + b_column[None, :], b_inside, other=0.0)
-            product = tl.dot(tl.trans(a), b, product, input_precision="ieee")
-        slot = segment.to(tl.int64) * tl.num_programs(2) + split
-        out = partials + (slot * r0 + a_column[:, None]) * r1 + b_column[None, :]
-        tl.store(out, product, mask=(a_column < r0)[:, None] & (b_column < r1)[None, :])
-
-
-def launch(u: Tensor, v: Tensor, rows: int, order: Tensor | None, offsets: Tensor, processors: int) -> Tensor:
-    """Run the Triton kernel on non-empty u [E * M, r0], v [E * M, r1] with M = ``rows``: [S, r0, r1] in float32."""
-    u = u if u.stride(1) == 1 else u.contiguous()
-    v = v if v.stride(1) == 1 else v.contiguous()
-    (count, r0), r1, segments = u.shape, v.shape[1], offsets.shape[0] - 1
-    if u.dtype != v.dtype:  # one side is sketched, the other is the identity
-        u, v = u.float(), v.float()
-    tile = tile_config(u.dtype, r0, r1)
-    tiles = triton.cdiv(r0, tile.height) * triton.cdiv(r1, tile.width)
-    splits = min(2 * processors // tiles, triton.cdiv(count, SPLIT_ROWS), PARTIALS // (segments * r0 * r1))
-    splits = max(1, splits)
-    partials = torch.empty(segments, splits, r0, r1, dtype=torch.float32, device=u.device)
-    segment_products_kernel[(tiles, segments, splits)](
-        u,
-        v,
-        offsets if order is None else order,
-        offsets,
-        partials,
-        rows,
-        r0,
-        r1,
-        u.stride(0),
-        v.stride(0),
-        HEIGHT=tile.height,
-        WIDTH=tile.width,
-        DEPTH=tile.depth,
-        ORDERED=order is not None,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    return partials.sum(1) if splits > 1 else partials.squeeze(1)

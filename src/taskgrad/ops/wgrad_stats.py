@@ -9,15 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _shared
+from ._shared import stat_dtype
 from .cost_model import GRAM, cheapest, costs
-from .ghost_gram import ghost_gram
-from .segment_sum import stat_dtype
-from .sum_gram import sum_gram
-from .wgrad_gram import wgrad_gram
-from .wgrad_sketch import sketch_of_rows, wgrad_sketch
+from .wgrad_sketch import check_entries, sketch_of_rows
 
 
-@torch.library.custom_op("taskgrad::wgrad_stats", mutates_args=())
 def wgrad_stats(
     dy: Tensor,
     x: Tensor,
@@ -41,29 +38,30 @@ def wgrad_stats(
     Raises:
         TypeError, ValueError: as ``wgrad_sketch``, or another ``strategy``.
     """
+    _check(dy, x, order, offsets, left, right, strategy)
+    _shared.check_real("dy", dy)
+    maps = (None if side is None else side.detach() for side in (left, right))
+    dw, stats, gram = torch.ops.taskgrad.wgrad_stats(dy.detach(), x.detach(), order, offsets, *maps, strategy)
+    wrong = _shared.fault_on_gpu(order, offsets, dy.shape[0])
+    return _shared.spoiled(dw, wrong), _shared.spoiled(stats, wrong), _shared.spoiled(gram, wrong)
+
+
+def _check(
+    dy: Tensor,
+    x: Tensor,
+    order: Tensor | None,
+    offsets: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    strategy: str | None,
+) -> None:
+    check_entries(dy, x, order, offsets, left, right)
     if strategy not in (None, "fused", "ghost", "materialise"):
         raise ValueError(f'strategy must be "fused", "ghost", "materialise" or None, got {strategy!r}')
-    if strategy == "materialise" or (strategy is None and left is None and right is None):
-        dw, parts = wgrad_sketch(dy, x, order, offsets, None, None)
-        gram = sum_gram(parts.flatten(1))[1]
-        parts = parts if left is None else left.to(parts.dtype).mT @ parts
-        return dw, parts if right is None else parts @ right.to(parts.dtype), gram
-    stats = sketch_of_rows(dy, x, order, offsets, left, right)
-    if order is not None:
-        dy, x = dy.index_select(0, order), x.index_select(0, order)
-    rows = offsets * dy.shape[1]
-    dy, x = dy.flatten(0, 1), x.flatten(0, 1)
-    if strategy is None:
-        _, found = costs(dy.shape[0], x.shape[1], dy.shape[1], len(offsets) - 1, dy.dtype, dy.device)
-        strategy = cheapest(found, GRAM)
-    if strategy == "ghost":
-        return dy.mT @ x, stats, ghost_gram(dy, x, rows)
-    dw, gram = wgrad_gram(dy, x, rows)
-    return dw, stats, gram
 
 
-@wgrad_stats.register_fake
-def _(
+@torch.library.custom_op("taskgrad::wgrad_stats", mutates_args=())
+def _op(
     dy: Tensor,
     x: Tensor,
     order: Tensor | None,
@@ -72,6 +70,40 @@ def _(
     right: Tensor | None,
     strategy: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(dy, x, order, offsets, left, right, strategy)
+    _shared.check_values(order, offsets, dy.shape[0])
+    ops = torch.ops.taskgrad
+    if strategy == "materialise" or (strategy is None and left is None and right is None):
+        dw, parts = ops.wgrad_sketch(dy, x, order, offsets, None, None)
+        gram = ops.sum_gram(parts.flatten(1))[1]
+        parts = parts if left is None else left.to(parts.dtype).mT @ parts
+        return dw, parts if right is None else parts @ right.to(parts.dtype), gram
+    stats = sketch_of_rows(dy, x, order, offsets, left, right)
+    if order is not None:
+        order = _shared.within(order, dy.shape[0])
+        dy, x = dy.index_select(0, order), x.index_select(0, order)
+    rows = offsets.long() * dy.shape[1]
+    dy, x = dy.flatten(0, 1), x.flatten(0, 1)
+    if strategy is None:
+        _, found = costs(dy.shape[0], x.shape[1], dy.shape[1], len(offsets) - 1, dy.dtype, dy.device)
+        strategy = cheapest(found, GRAM)
+    if strategy == "ghost":
+        return dy.mT @ x, stats, ops.ghost_gram(dy, x, rows, False)
+    dw, gram = ops.wgrad_gram(dy, x, rows, False)
+    return dw, stats, gram
+
+
+@_op.register_fake
+def _fake(
+    dy: Tensor,
+    x: Tensor,
+    order: Tensor | None,
+    offsets: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    strategy: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(dy, x, order, offsets, left, right, strategy)
     segments = offsets.shape[0] - 1
     r0 = dy.shape[-1] if left is None else left.shape[1]
     r1 = x.shape[-1] if right is None else right.shape[1]

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
+import struct
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +32,7 @@ def load() -> tuple[ModuleType | None, str]:
     if wish == "0":
         return None, "NumPy because TASKGRAD_NATIVE=0"
     try:
+        check_is_whole("taskgrad._index_engine")
         module = importlib.import_module("taskgrad._index_engine")
         if index_numpy.ALGORITHM != module.ALGORITHM:
             raise ImportError(f"{module.__file__} was built from other sources: install taskgrad again")
@@ -38,6 +42,24 @@ def load() -> tuple[ModuleType | None, str]:
             raise RuntimeError(f"TASKGRAD_NATIVE=1, but the C++ index engine is not available: {reason}") from error
         return None, f"NumPy because {reason}"
     return module, f"C++ at {module.__file__}"
+
+
+def check_is_whole(name: str) -> None:
+    """Raise ImportError if the file of an extension module ends before what is to be mapped of it (ELF of 64 bits):
+    importing it would kill the process."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        return  # importing it says why
+    try:
+        content = Path(spec.origin).read_bytes()
+        if content[:6] != b"\x7fELF\x02\x01":
+            return
+        (headers,), (size, count) = struct.unpack_from("<Q", content, 32), struct.unpack_from("<HH", content, 54)
+        ends = [sum(struct.unpack_from("<Q16xQ", content, headers + i * size + 8)) for i in range(count)]
+    except (OSError, OverflowError, struct.error) as error:
+        raise ImportError(f"{spec.origin} cannot be read: {error}") from None
+    if max(ends, default=0) > len(content):
+        raise ImportError(f"{spec.origin} is cut off: install taskgrad again")
 
 
 def engine_class() -> Any:
