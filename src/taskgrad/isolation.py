@@ -122,7 +122,7 @@ class _Content:
 
 def _local(tensor: Tensor) -> Tensor:
     dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())  # not imported for this alone
-    local: Tensor = tensor._local_tensor if isinstance(tensor, dtensor) else tensor  # type: ignore[attr-defined]
+    local: Tensor = tensor._local_tensor if isinstance(tensor, dtensor) else tensor
     return local
 
 
