@@ -11,7 +11,10 @@ import torch
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_python_blocks_run_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_blocks_run_as_printed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) == 3
     namespace: dict[str, object] = {}
@@ -20,6 +23,7 @@ def test_python_blocks_run_as_printed(capsys: pytest.CaptureFixture[str]) -> Non
     printed = capsys.readouterr().out
     assert "product" in printed
     assert "100.0% of the trainable elements attributed" in printed
+    assert (tmp_path / "taskgrad.safetensors").exists()
     scale, tg = namespace["Scale"], namespace["tg"]
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), scale(3))  # type: ignore[operator]
     tracker = tg.track(model, ["a", "b"], mode="exact", verify=False)  # type: ignore[attr-defined]
