@@ -4,6 +4,9 @@ A GPT-like decoder trained with AdamW on random tokens, T tasks in equal parts, 
 ``AdaptiveBatchSampler`` emits them). ``T backwards`` is what one would write without taskgrad: one backward pass per
 task, the gradients flattened and their Gram. ``torchjd`` (where it is installed) computes the Jacobian of the T losses
 by its ``autojac`` and the Gram of it. All variants run in turn, round by round, each on its own copy of the model.
+``clipped`` is ``sketch`` with the gradients clipped by norm after the backward pass, beside a plain step that clips
+too: gradients that were written are read. The last columns say what following the gradients costs, in plain steps:
+reading θ once (a step reads it twice), and looking whether every gradient is the one that was left.
 
     python -m benchmarks.step [--device cpu|cuda] [--rounds 9]
 """
@@ -41,13 +44,15 @@ def variants(s: Setting, device: torch.device) -> dict[str, Callable[[], Any]]:
     ids = torch.arange(s.batch) * s.tasks // s.batch
     half = device.type == "cuda"
 
-    def make(step: Callable[[nn.Module], None]) -> Callable[[], None]:
+    def make(step: Callable[[nn.Module], None], clip: bool = False) -> Callable[[], None]:
         model = copy.deepcopy(base)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
         def run() -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 step(model)
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -56,7 +61,7 @@ def variants(s: Setting, device: torch.device) -> dict[str, Callable[[], Any]]:
     def plain(model: nn.Module) -> None:
         losses(model, tokens).mean().backward()
 
-    def tracked(mode: str) -> Callable[[], None]:
+    def tracked(mode: str, clip: bool = False) -> Callable[[], None]:
         model = copy.deepcopy(base)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         tracker = tg.track(model, [str(t) for t in range(s.tasks)], optimizer, mode=mode)  # type: ignore[arg-type]
@@ -64,11 +69,21 @@ def variants(s: Setting, device: torch.device) -> dict[str, Callable[[], Any]]:
         def run() -> None:
             with tracker.batch(ids), torch.autocast(device.type, torch.bfloat16, enabled=half):
                 losses(model, tokens).mean().backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             tracker.report()
 
         return run
+
+    def follow() -> dict[str, Callable[[], Any]]:
+        """What a step does to follow the parameters and their gradients, alone."""
+        model = copy.deepcopy(base)
+        tracker = tg.track(model, [str(t) for t in range(s.tasks)])
+        with tracker.batch(ids):
+            losses(model, tokens).mean().backward()
+        return {"θ": tracker._probes.theta, "gradients": tracker._probes.accumulation.settle}
 
     def one_by_one(model: nn.Module) -> None:
         params = list(model.parameters())
@@ -95,28 +110,42 @@ def variants(s: Setting, device: torch.device) -> dict[str, Callable[[], Any]]:
             del p.jac  # type: ignore[attr-defined]
 
     found: dict[str, Callable[[], Any]] = {"plain": make(plain), "sketch": tracked("sketch")}
+    found |= {"plain, clipped": make(plain, clip=True), "clipped": tracked("sketch", clip=True)}
     if s.exact:
         found |= {"exact": tracked("exact"), "T backwards": make(one_by_one)}
         if importlib.util.find_spec("torchjd"):
             found["torchjd"] = make(torchjd)
-    return found
+    return found | follow()
 
 
 def run(device: torch.device, rounds: int = 9) -> None:
     rows = []
     table = Table(title=f"training step on {device}, ms (median) and times the plain step")
-    for column in ("parameters", "width", "rows", "T", "plain", "sketch", "exact", "T backwards", "torchjd"):
+    others = ("sketch", "clipped", "exact", "T backwards", "torchjd")
+    parts = ("θ", "gradients")
+    for column in ("parameters", "width", "rows", "T", "plain", *others, *parts):
         table.add_column(column, justify="right")
     for setting in CPU:
         size = sum(p.numel() for p in Decoder(setting).parameters())
         times = timing.interleaved(variants(setting, device), device, rounds)
         ms = {name: timing.quartiles(values) for name, values in times.items()}
-        ratio = {n: timing.quartiles([a / b for a, b in zip(v, times["plain"], strict=True)]) for n, v in times.items()}
+        beside = {"clipped": "plain, clipped"}
+        ratio = {
+            n: timing.quartiles([a / b for a, b in zip(v, times[beside.get(n, "plain")], strict=True)])
+            for n, v in times.items()
+        }
         rows.append({**asdict(setting), "parameters": size, "ms": ms, "ratio": ratio})
-        others = ("sketch", "exact", "T backwards", "torchjd")
         cells = [f"{ms[n][1]:.1f} ({ratio[n][1]:.2f})" if n in ms else "" for n in others]
         count = setting.batch * setting.length
-        table.add_row(f"{size:,}", str(setting.width), str(count), str(setting.tasks), f"{ms['plain'][1]:.1f}", *cells)
+        table.add_row(
+            f"{size:,}",
+            str(setting.width),
+            str(count),
+            str(setting.tasks),
+            f"{ms['plain'][1]:.1f}",
+            *cells,
+            *(f"{ratio[n][1]:.3f}" for n in parts),
+        )
     Console(width=120).print(table)
     print(f"written to {timing.save('step', device, rows)}")
 
