@@ -236,15 +236,14 @@ class Steps:
         unscaled = gradient
         if scale is not None:
             gradient = gradient / scale
-        half = any(b.task_rows.half for b in ran)
-        limit = tolerances([p.param.dtype for p in probes], half, gradient.device)
         flags = dict.fromkeys(REASONS, False)
         flags["misfit"] = misfit
         flags["interrupted"] = self.probes.accumulation.interrupted
         flags["cut short"] = taken.passes != self.probes.accumulation.count
         flags["mixed"] = bool(taken.taps) and taken.first <= taken.gone
         state = torch.tensor(list(flags.values()), device="cpu").to(gradient.device, non_blocking=True)
-        suspects = self._contradicted(probes, taken, limit, unscaled.dtype)
+        half = any(b.task_rows.half for b in ran)
+        suspects = self._contradicted(probes, taken, half, unscaled.dtype)
         blamed = self._mask(p.name in taken.foreign or p.name not in taken.others for p in probes)
         written = self._written(probes, taken, unscaled)
         counts = self._counts(ran)
@@ -253,9 +252,11 @@ class Steps:
             gradient, written, counts, state, suspects, blamed, wrong = self._reduce(
                 gradient, written, counts, state, suspects, blamed, wrong
             )
+        kept = None
         if written is not None:
-            gradient = gradient * self._spread(written != 0, any_column=True)  # zeroed in place since the last pass
-            apart = unlike(gradient, written, self.probes.widths(), limit)
+            kept = self._any_column(written != 0)  # the others were zeroed in place since the last pass
+            gradient = gradient * self._spread(kept)
+            apart = unlike(gradient, written, self.probes.widths(), self._tolerances(probes, half))
             alone = apart & blamed
             few = (alone.sum() == 1) | (2 * alone.sum() < len(self.probes.live()))
             suspects = suspects | (alone & few)
@@ -275,6 +276,8 @@ class Steps:
             self._leave_out_reused(uses.probes, uses.repeated, gradient)
             if valid.device.type != "cpu" and not self._due:
                 valid = valid & ~uses.repeated.any()
+            if kept is not None:
+                uses.keep(kept[[probes.index(p) for p in uses.probes]])
             gram = uses.gram({**self.probes.suspects, **self.probes.reasons}, scale)
         if gram is None:
             gram = sum_gram(gradient)[1]
@@ -285,13 +288,16 @@ class Steps:
         """Flags of the probes on the device, bool [P]."""
         return torch.tensor(list(flags), dtype=torch.bool, device="cpu").to(self.probes.device, non_blocking=True)  # type: ignore[call-overload]
 
-    def _contradicted(self, probes: Sequence[Probe], taken: _Collected, limit: Tensor, dtype: torch.dtype) -> Tensor:
+    def _tolerances(self, probes: Sequence[Probe], half: bool) -> Tensor:
+        return tolerances([p.param.dtype for p in probes], half, self.probes.device)
+
+    def _contradicted(self, probes: Sequence[Probe], taken: _Collected, half: bool, dtype: torch.dtype) -> Tensor:
         """Parameters at which something else arrived than at their taps, bool [P]; none in a step without checks."""
         if not taken.squares:
             return torch.zeros(len(probes), dtype=torch.bool, device=self.probes.device)
         none = torch.zeros(3, dtype=torch.float64, device=self.probes.device)
         squares = torch.stack([taken.squares.get(p.name, none) for p in probes])
-        return differing(squares, limit, dtype)
+        return differing(squares, self._tolerances(probes, half), dtype)
 
     def _written(self, probes: Sequence[Probe], taken: _Collected, unscaled: Tensor) -> Tensor | None:
         """Sketch of ``param.grad`` [K] in float64: read where others wrote it, else what the taps add up to; ``None``
@@ -382,12 +388,14 @@ class Steps:
         counts = _Counts(weight, mass, entered, examples, loss, ~silent)
         return gradient * kept / ranks, written * kept / ranks, counts, state, suspects, blamed, wrong
 
-    def _spread(self, flags: Tensor, any_column: bool = False) -> Tensor:
-        """Flags [P] on all columns of their parameters: bool [K]; of flags [K], whether any of a parameter's is set."""
-        widths = self.probes.widths()
-        if any_column:
-            flags = torch.segment_reduce(flags.double(), "max", lengths=widths, axis=0, unsafe=True, initial=0.0) > 0
-        return torch.repeat_interleave(flags, widths, output_size=self.probes.width)
+    def _any_column(self, flags: Tensor) -> Tensor:
+        """Whether any of a parameter's flags [K] is set: bool [P]."""
+        lengths = self.probes.widths()
+        return torch.segment_reduce(flags.double(), "max", lengths=lengths, axis=0, unsafe=True, initial=0.0) > 0
+
+    def _spread(self, flags: Tensor) -> Tensor:
+        """Flags [P] on all columns of their parameters: bool [K]."""
+        return torch.repeat_interleave(flags, self.probes.widths(), output_size=self.probes.width)
 
     def _scale(self) -> Tensor | None:
         """What the loss was multiplied with, or ``None``."""

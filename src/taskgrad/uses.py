@@ -34,6 +34,10 @@ class Uses:
     nothing: Tensor
     repeated: Tensor
 
+    def keep(self, kept: Tensor) -> None:
+        """Only parameters with ``kept`` [P], bool, are in the Gram."""
+        self.grams = [gram * flag for gram, flag in zip(self.grams, kept, strict=True)]
+
     def gram(self, without: dict[str, str], scale: Tensor | None) -> Tensor:
         """The step's Gram [T + 1, T + 1], float64, but for the parameters named in ``without``; symmetric."""
         # not by indexing one tensor: a GPU would be waited for while the indices are on their way

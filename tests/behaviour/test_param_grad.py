@@ -120,10 +120,17 @@ def test_zeroed_between_backward_and_step(set_to_none: bool) -> None:
 def test_some_zeroed_before_the_step(set_to_none: bool) -> None:
     """What is left in ``param.grad`` is reported, no more."""
     model, optimizer, tracker = make()
+    twin, _, alone = make(accumulate=False)
     for _ in range(3):
-        passes(model, tracker)
-        model[0].zero_grad(set_to_none)
+        x = torch.randn(8, 4, dtype=torch.float64)
+        for m, t in ((model, tracker), (twin, alone)):
+            with t.batch(IDS):
+                loss_of(m, x).backward()
+            m[0].zero_grad(set_to_none)
+        alone._hooks.optimizers[0].step()  # type: ignore[union-attr]
         grads = step(model, optimizer)
+        torch.testing.assert_close(alone.report().gram, tracker.report().gram, rtol=1e-9, atol=0)
+        twin.zero_grad()
         assert not grads["0.weight"].any() and grads["3.weight"].any()
         assert_follows(model, tracker, grads)
         optimizer.zero_grad()
