@@ -47,15 +47,26 @@ class Held:
     written: bool = False
     left: TensorWeakRef | None = None  # the gradient as the last pass left it
     version: int = -1
+    before: Tensor | None = None  # the gradient that the pass now running adds to
+    expected: int = -1  # the version that the pass will leave
 
     @property
     def in_flight(self) -> bool:
         """The pass that adds to it has not ended."""
         return max(self.param_pass, self.tap_pass) > self.noted_pass
 
+    def expect(self, grad: Tensor | None, added: Tensor) -> None:
+        """``added`` is about to be added to ``grad``."""
+        self.before = grad
+        self.expected = added._version if grad is None else grad._version + 1
+
     def note(self, grad: Tensor | None) -> None:
         """The pass is over and left ``grad``."""
         self.foreign |= self.tap_pass < self.param_pass
+        if grad is not None and self.param_pass > self.noted_pass:  # a hook may have written it, or DDP
+            replaced = self.before is not None and self.before is not grad
+            self.written |= replaced or grad._version > self.expected
+        self.before = None
         if self.first <= self.gone < self.tap_pass:
             self.first = self.tap_pass
         self.noted_pass = max(self.param_pass, self.tap_pass)
@@ -110,11 +121,13 @@ class Accumulation:
         written = []
         for probe in self._probes():
             held, grad = probe.held, probe.param.grad
-            if nested and held.in_flight:
-                continue
+            if nested and held.in_flight and not (grad is None and held.param_pass > held.noted_pass):
+                continue  # what a pass that was interrupted had added is gone: it is no pass under way
             if grad is None:
                 self._let_go(probe)
-            elif not held.untouched(grad) and (nested or probe.tap.grad is not None or held.param_pass > held.gone):
+            elif not held.untouched(grad) and (
+                nested or not compare or probe.tap.grad is not None or held.param_pass > held.gone
+            ):
                 written.append(probe)
         zeros = are_zero(written) if compare else [False] * len(written)
         for probe, zero in zip(written, zeros, strict=True):
@@ -127,7 +140,10 @@ class Accumulation:
 
     def _let_go(self, probe: Probe) -> None:
         held = probe.held
+        if held.in_flight:
+            self._open.clear()  # of a pass that was interrupted
         number = self.count if held.in_flight or held.noted_pass > held.gone else held.gone
+        held.noted_pass = max(held.noted_pass, held.param_pass, held.tap_pass)
         probe.discard()
         held.release(number)
 

@@ -12,6 +12,7 @@ returned detached, which lets in-place ops follow.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ from ..accumulation import Accumulation, Held
 from ..ops import sketch_params
 from ..rows import Rows
 from ..sketch import SketchMap, project, scaled, sketch_dim
+from .route import class_forward
 
 
 class Unattributed(Exception):
@@ -82,10 +84,13 @@ class Probe:
         self.tap.register_hook(self._before_tap)
         self.stray = torch.zeros((), device=device, requires_grad=True)
 
-    def _before_param(self, gradient: Tensor) -> None:
+    def _before_param(self, gradient: Tensor | None) -> None:
+        if gradient is None:  # a Function that has no gradient for it: nothing is added
+            return
         self.held.param_pass = self._accumulation.arrive()
+        self.held.expect(self.param.grad, gradient)
         if self._accumulation.checking and gradient.layout is torch.strided:
-            self.arrived.param = self.sketch_of(gradient)
+            self.arrived.param = self.sketch_of(gradient).clone()
 
     def _before_tap(self, gradient: Tensor) -> None:
         self.held.tap_pass = self._accumulation.arrive()
@@ -132,6 +137,12 @@ class Probe:
             self._handle = None
         if not self.param._backward_hooks:
             self.param._backward_hooks = None  # as before the first hook
+
+    @property
+    def hooked(self) -> bool:
+        """Whether somebody else's hook may change the gradient on its way."""
+        after = getattr(self.param, "_post_accumulate_grad_hooks", None)
+        return bool(after) or len(self.param._backward_hooks or ()) > 1
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -191,25 +202,24 @@ class Capture(abc.ABC):
         return out
 
 
-_REGISTRY: dict[type[nn.Module], Capture] = {}
+_REGISTRY: dict[type[nn.Module], tuple[Capture, Any]] = {}  # with the forward that it knows
 
 
 def register_capture(module_type: type[nn.Module]) -> Callable[[type[Capture]], type[Capture]]:
     """Class decorator: use this ``Capture`` for ``module_type`` and for subclasses that do not override ``forward``."""
 
     def register(capture: type[Capture]) -> type[Capture]:
-        _REGISTRY[module_type] = capture()
+        _REGISTRY[module_type] = capture(), class_forward(module_type)
         return capture
 
     return register
 
 
 def find_capture(module: nn.Module) -> Capture | None:
-    """The capture of the module's kind: of its type or the nearest base that has the same ``forward``."""
-    for cls in type(module).__mro__:
-        if cls in _REGISTRY and type(module).forward is cls.forward:
-            return _REGISTRY[cls]
-    return None
+    """The capture of the module's kind: of its type or the nearest base that has the same ``forward``, if that is the
+    one the kind was registered with: a patched class computes something else."""
+    forward = class_forward(type(module))
+    return next((_REGISTRY[c][0] for c in type(module).__mro__ if c in _REGISTRY and _REGISTRY[c][1] is forward), None)
 
 
 def shape_text(x: Tensor) -> str:
@@ -223,6 +233,12 @@ def rows_of(rows: Rows, x: Tensor, feature_dims: int = 1) -> int:
     if not rows.match(x, feature_dims):
         raise Unattributed(f"input of {shape_text(x)} does not start with the shape of the ids, {rows.shape}")
     return rows.entries
+
+
+def by_entry(x: Tensor, entries: int, feature_dims: int = 1) -> tuple[int, int, int]:
+    """The shape [E, M, features] of ``x`` with ``feature_dims`` dimensions of features and M rows for each of E ids."""
+    lead = x.dim() - feature_dims
+    return entries, math.prod(x.shape[:lead]) // entries, math.prod(x.shape[lead:])
 
 
 def refuse_double_backward() -> None:

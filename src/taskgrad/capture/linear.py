@@ -16,6 +16,7 @@ from .base import (
     Capture,
     Probe,
     autocast_dtype,
+    by_entry,
     receipt_grad,
     refuse_double_backward,
     register_capture,
@@ -65,9 +66,9 @@ class _Linear(torch.autograd.Function):
         dx = dw = db = w_stats = b_stats = None
         if ctx.needs_input_grad[0]:
             dx = dy @ (weight.t() if ctx.transposed else weight)
-        dy3 = dy.reshape(ctx.entries, -1, dy.shape[-1])
+        dy3 = dy.reshape(by_entry(dy, ctx.entries))
         if ctx.needs_input_grad[1]:
-            x3 = x.reshape(ctx.entries, -1, x.shape[-1])
+            x3 = x.reshape(by_entry(x, ctx.entries))
             first, second = (x3, dy3) if ctx.transposed else (dy3, x3)
             if ctx.w_gram:
                 dw, stats, gram = torch.ops.taskgrad.wgrad_stats(first, second, order, offsets, w_left, w_right)

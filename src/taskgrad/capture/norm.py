@@ -7,7 +7,6 @@ would not keep.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +19,9 @@ from .base import (
     NOTHING,
     Capture,
     Probe,
+    Unattributed,
     autocast_dtype,
+    by_entry,
     receipt_grad,
     refuse_double_backward,
     register_capture,
@@ -81,8 +82,8 @@ class _LayerNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             mask = [True, False, False]
             dx = torch.ops.aten.native_layer_norm_backward(dy, x, ctx.shape, mean, rstd, weight, bias, mask)[0]
-        rows = (ctx.entries, -1, math.prod(ctx.shape))
-        mean, rstd = (t.reshape(ctx.entries, -1).to(stat_dtype(x)) for t in (mean, rstd))
+        rows = by_entry(x, ctx.entries, len(ctx.shape))
+        mean, rstd = (t.reshape(rows[:2]).to(stat_dtype(x)) for t in (mean, rstd))
         gamma, beta = torch.ops.taskgrad.norm_segment_sum(dy.reshape(rows), x.reshape(rows), mean, rstd, order, offsets)
         dw = db = w_stats = b_stats = None
         like = (weight.shape, weight.dtype)
@@ -103,7 +104,7 @@ class _RMSNorm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         dims: list[int],
-        eps: float,
+        eps: float | None,
         entries: int,
         order: Tensor | None,
         offsets: Tensor,
@@ -112,15 +113,16 @@ class _RMSNorm(torch.autograd.Function):
         left: Tensor | None,
         right: Tensor | None,
     ) -> Tensor:
-        wide = x.to(stat_dtype(x))
-        rstd = torch.rsqrt(wide.square().mean(dims, keepdim=True) + eps)
-        xhat = wide * rstd
+        out, rstd = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)
         # what is not needed is not kept: it may be written to before the backward pass, as without tracking
-        kept = (x, weight, rstd) if ctx.needs_input_grad[0] else (xhat, None, torch.ones_like(rstd))
-        ctx.save_for_backward(*kept, order, offsets, receipt, left, right)
+        if not ctx.needs_input_grad[0]:
+            x, rstd = x.to(rstd.dtype) * rstd, torch.ones_like(rstd)
+        ctx.save_for_backward(
+            x, weight if ctx.needs_input_grad[0] else None, rstd, order, offsets, receipt, left, right
+        )
         ctx.dims, ctx.entries, ctx.shape, ctx.dtype = dims, entries, weight.shape, weight.dtype
         ctx.gram = wants_gram(tap, weight, left, right)
-        return (xhat * weight).to(x.dtype).detach()
+        return out.detach()  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -130,8 +132,8 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             xhat, scaled = x.to(rstd.dtype) * rstd, dy.to(rstd.dtype) * weight
             dx = ((scaled - xhat * (scaled * xhat).mean(ctx.dims, keepdim=True)) * rstd).to(x.dtype)
-        rows = (ctx.entries, -1, math.prod(ctx.shape))
-        rstd = rstd.reshape(ctx.entries, -1)
+        rows = by_entry(x, ctx.entries, len(ctx.shape))
+        rstd = rstd.reshape(rows[:2])
         dy = dy.to(torch.promote_types(dy.dtype, x.dtype))
         gamma, _ = torch.ops.taskgrad.norm_segment_sum(
             dy.reshape(rows), x.reshape(rows).to(dy.dtype), None, rstd, order, offsets
@@ -162,7 +164,8 @@ class _GroupNorm(torch.autograd.Function):
     ) -> Tensor:
         n, channels = x.shape[:2]
         size = x[0, 0].numel()
-        x = x.contiguous()
+        if not (x.device.type == "cpu" and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+            x = x.contiguous()  # as torch does
         out, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, n, channels, size, groups, eps)
         ctx.save_for_backward(x, weight, mean, rstd, order, offsets, receipt, w_left, w_right, b_left, b_right)
         ctx.groups = groups
@@ -244,10 +247,16 @@ class RMSNormCapture(Capture):
         x = args[0] if args else kwargs["x"]
         dims = list(range(-len(module.normalized_shape), 0))
         entries = rows_of(rows, x, len(dims))
-        # torch's default is the eps of the dtype it computes in
-        eps = torch.finfo(stat_dtype(x)).eps if module.eps is None else module.eps
         out = _RMSNorm.apply(
-            x, module.weight, dims, eps, entries, rows.order, rows.offsets, rows.receipt, *probes["weight"].tensors
+            x,
+            module.weight,
+            dims,
+            module.eps,
+            entries,
+            rows.order,
+            rows.offsets,
+            rows.receipt,
+            *probes["weight"].tensors,
         )
         return out  # type: ignore[no-any-return]
 
@@ -257,7 +266,9 @@ class GroupNormCapture(Capture):
     def forward(self, module: nn.Module, rows: Rows, probes: Mapping[str, Probe], *args: Any, **kwargs: Any) -> Tensor:
         assert isinstance(module, nn.GroupNorm)
         x = args[0] if args else kwargs["input"]
-        rows_of(rows, x, 2 - len(rows.shape))
+        if len(rows.shape) != 1:
+            raise Unattributed(f"a group norm needs one id per example, got ids of shape {rows.shape}")
+        rows_of(rows, x)
         wide, dtype = _wide(module, x)
         out = _GroupNorm.apply(
             wide,

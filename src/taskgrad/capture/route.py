@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Forward = Callable[..., Any]
 
 _SITES: dict[int, weakref.ref[Site]] = {}  # by id(module); a site keeps its module alive
-_PLAIN: dict[type[nn.Module], Forward] = {}  # what the classes had before
+_ROUTES: dict[Forward, Forward] = {}  # what classes have while modules of them are tracked: what they had before
 
 
 def site_of(module: nn.Module) -> Site | None:
@@ -31,18 +31,22 @@ def site_of(module: nn.Module) -> Site | None:
     return None if found is None else found()
 
 
-def plain_forward(module: nn.Module) -> Forward:
-    """The ``forward`` of the module's class, as it is where nothing is tracked: a function of the module."""
-    cls = _defining(type(module))
-    return _PLAIN.get(cls, cls.__dict__["forward"])  # type: ignore[no-any-return]
+def class_forward(cls: type[nn.Module]) -> Forward:
+    """The ``forward`` of a module class, as it is where nothing is tracked: a function of the module."""
+    cls = _defining(cls)
+    forward = cls.__dict__["forward"]
+    return _ROUTES.get(forward, forward)
 
 
 def connect(site: Site) -> None:
     """Calls of the site's module go through ``site.call`` from now on."""
     cls = _defining(type(site.module))
-    if cls not in _PLAIN:
-        _PLAIN[cls] = cls.__dict__["forward"]
-        setattr(cls, "forward", _routed(_PLAIN[cls]))  # noqa: B010
+    if cls.__dict__["forward"] not in _ROUTES:
+        plain = cls.__dict__["forward"]
+        routed = _routed(plain)
+        _ROUTES[routed] = plain
+        setattr(cls, "forward", routed)  # noqa: B010
+    site.route = cls.__dict__["forward"]
     key, sites = id(site.module), _SITES
 
     def gone(site: weakref.ref[Site]) -> None:
@@ -59,10 +63,11 @@ def disconnect(site: Site) -> None:
     del _SITES[id(site.module)]
     cls = _defining(type(site.module))
     tracked = [found() for found in list(_SITES.values())]
-    if cls in _PLAIN and not any(s is not None and isinstance(s.module, cls) for s in tracked):
-        plain = _PLAIN.pop(cls)
-        if getattr(cls.__dict__["forward"], "__wrapped__", None) is plain:  # nobody has put another one over ours
-            setattr(cls, "forward", plain)  # noqa: B010
+    if any(s is not None and s.route is site.route for s in tracked):
+        return
+    plain = _ROUTES.pop(site.route)
+    if cls.__dict__["forward"] is site.route:  # else somebody has put another one over ours, which calls the plain one
+        setattr(cls, "forward", plain)  # noqa: B010
 
 
 def _defining(cls: type[nn.Module]) -> type[nn.Module]:
@@ -72,12 +77,16 @@ def _defining(cls: type[nn.Module]) -> type[nn.Module]:
 
 def _routed(plain: Forward) -> Forward:
     sites = _SITES
+    me: list[Any] = []
 
     @functools.wraps(plain)
     def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         found = sites.get(id(self))
         site = None if found is None else found()
-        return plain(self, *args, **kwargs) if site is None else site.call(*args, **kwargs)
+        # a site of a later route: this one is called by what lies over it
+        if site is None or site.route is not me[0]:
+            return plain(self, *args, **kwargs)
+        return site.call(*args, **kwargs)
 
     made: Any = forward
     # torch.jit.script of a module of the class compiles the source of what is wrapped, with the globals of what it got
@@ -85,4 +94,5 @@ def _routed(plain: Forward) -> Forward:
     routed = types.FunctionType(
         made.__code__, of_its_module.__globals__, made.__name__, made.__defaults__, made.__closure__
     )
-    return functools.wraps(plain)(routed)
+    me.append(functools.wraps(plain)(routed))
+    return me[0]  # type: ignore[no-any-return]

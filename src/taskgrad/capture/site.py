@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..rows import Rows
 from .base import Capture, Probe, Unattributed
-from .route import connect, disconnect, plain_forward
+from .route import class_forward, connect, disconnect
 
 
 class Owner(Protocol):
@@ -40,6 +40,7 @@ class Site:
         self.capture = capture
         self.owner = owner
         self.probes: Mapping[str, Probe] = {}
+        self.route: Any = None  # the function that calls it
         self.reason: str | None = None
         self.unfit: str | None = None  # what a call said of the ids, until the batch is over
         connect(self)
@@ -56,7 +57,8 @@ class Site:
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         rows = self.owner.current_rows()
-        if rows is None or not self.probes or not rows.entries:  # no rows, no gradient: an expert without tokens
+        # no rows, no gradient: an expert without tokens
+        if rows is None or not self.probes or not rows.entries or transformed():
             return self.plain(*args, **kwargs)
         try:
             refuse_layouts(args, kwargs)
@@ -69,10 +71,18 @@ class Site:
 
     def plain(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own forward."""
-        return plain_forward(self.module)(self.module, *args, **kwargs)  # type: ignore[no-any-return]
+        return class_forward(type(self.module))(self.module, *args, **kwargs)  # type: ignore[no-any-return]
 
     def remove(self) -> None:
         disconnect(self)
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation runs, which a Function with taps cannot take
+    part in. What it adds to gradients is in no statistics, and compared at the step."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def refuse_layouts(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
