@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .accumulation import in_backward
+from .capture.shared_row import make_plain
 from .capture.site import Site
 from .ops.segment_sum import segment_sum
 from .rows import Rows
@@ -34,6 +35,7 @@ class Batch:
         loss_weight: Tensor | None,
         enter: Callable[[Batch], None],
         leave: Callable[[Batch, bool], None],
+        ran: Callable[[Batch], None],
     ) -> None:
         self.task_rows = task_rows
         self.examples = task_rows.examples.double()
@@ -44,7 +46,12 @@ class Batch:
         if loss_weight is not None:
             self.entered = torch.cat([self.mass[:-1] * loss_weight.to(self.mass.device), self.mass[-1:]])
         self.task_losses: Tensor | None = None
-        self._weight, self._enter, self._leave = weight, enter, leave
+        self.graded = True  # entered with gradients on
+        self._weight, self._enter, self._leave, self._ran = weight, enter, leave, ran
+        task_rows.listen(self._backward)
+
+    def _backward(self) -> None:
+        self._ran(self)
 
     def losses(self, per_row: Tensor) -> None:
         """Enter the loss of every row, in the shape of the ids, not multiplied by any ``loss_weight``; fills
@@ -91,18 +98,26 @@ class Batches:
         self.observer: Callable[[Site, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.active: Batch | None = None
         self.pending: list[Batch] = []
+        self.entered = 0  # with gradients on, since the last step
         self._regrouped: Rows | None = None
         self._recomputing: Batch | None = None
 
     def enter(self, batch: Batch) -> None:
         self.active = batch
+        batch.graded = torch.is_grad_enabled()
+        self.entered += batch.graded
         self.pending.append(batch)
 
     def leave(self, batch: Batch, failed: bool) -> None:
         self.active = None
+        make_plain(batch.task_rows.shared)
         batch.task_rows.release()
-        if failed and not batch.task_rows.backward:
+        if not batch.task_rows.backward and (failed or not batch.graded):
             self.pending.remove(batch)
+        # what no backward pass can reach any more; of those that only a recomputation could, the last
+        alive = [b for b in self.pending if b.task_rows.backward or b.task_rows.waiting]
+        hidden = [b for b in self.pending if b.task_rows.hidden and b not in alive][-1:]
+        self.pending = [b for b in self.pending if b in alive or b in hidden]
 
     @property
     def regrouped(self) -> bool:

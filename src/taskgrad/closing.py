@@ -13,6 +13,10 @@ from .accumulation import in_backward
 class Closes(Protocol):
     """What a step is made of."""
 
+    @property
+    def moved_on(self) -> bool:
+        """Whether a backward pass came after the first collection of the round."""
+
     def collect(self, params: Container[int] | None) -> None:
         """Take the statistics of the parameters with these ids (``None``: of all), whose gradients are complete."""
 
@@ -72,8 +76,10 @@ class StepHooks:
         return run
 
     def _begin(self, optimizer: Optimizer) -> None:
-        if id(optimizer) in self._began:
-            self.cut_short()
+        if self._began and self._steps.moved_on:
+            self._cut_short()
+        if id(optimizer) in self._began:  # a step() that calls the one of its base class, or one tried again
+            return
         last = len(self._began) == len(self.optimizers) - 1
         params = None if last else {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._steps.collect(params)  # with the last go those that no optimizer moves
@@ -82,18 +88,26 @@ class StepHooks:
             self._steps.read()
 
     def _post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if id(optimizer) not in self._began:  # the outer one of two
+            return
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self.optimizers):
             self._began.clear()
             self._stepped.clear()
             self._steps.close()
 
-    def cut_short(self) -> None:
-        """A new round begins: if some optimizer of the last one did not step, that was no step."""
-        if self._began:
-            self._began.clear()
-            self._stepped.clear()
-            self._steps.cut_short()
+    def _cut_short(self) -> None:
+        """Gradients went on while an optimizer of the round had not stepped: that was no step."""
+        self._began.clear()
+        self._stepped.clear()
+        self._steps.cut_short()
+
+    def stay_last(self) -> None:
+        """What other hooks do to gradients before a step is to be seen: ours come after those registered since."""
+        for optimizer, handle in zip(self.optimizers, self._handles, strict=False):
+            hooks = optimizer._optimizer_step_pre_hooks
+            if handle.id in hooks:
+                hooks[handle.id] = hooks.pop(handle.id)
 
     def remove(self) -> None:
         for handle in self._handles:

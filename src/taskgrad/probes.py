@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._text import printable
 from .accumulation import Accumulation
 from .capture import Capture, Probe, find_capture, register_transformers
-from .capture.route import site_of
+from .capture.route import forget_compiled, site_of
 from .capture.site import Owner, Site
 from .coverage import Coverage
 from .sketch import sketch_map
@@ -88,6 +88,7 @@ class Probes:
         self._stale = True
         try:
             self.sites.extend(Site(*place, owner) for place in found)
+            forget_compiled()
             self.refresh(between_steps=True)
             if not self.probes:
                 self._refuse()
@@ -111,6 +112,12 @@ class Probes:
         """
         flags = tuple(p.requires_grad for p in self.params.values())
         width = self.width
+        for site in self.sites:
+            for attr, probe in site.probes.items():
+                replaced = site.module._parameters.get(attr) is not probe.param
+                if replaced or probe.param.shape != probe.shape:
+                    self._flags = ()  # look the sites' probes up anew: it may now be another one of the model's
+                    self.drop(probe.name, REPLACED if replaced else RESHAPED)
         if flags != self._flags or (self._stale and between_steps):
             self._flags, self._stale = flags, False
             for site in self.sites:
@@ -119,12 +126,6 @@ class Probes:
                     for attr in site.capture.params
                     if self._usable(site.module._parameters.get(attr))
                 }
-        for site in self.sites:
-            for attr, probe in list(site.probes.items()):
-                replaced = site.module._parameters.get(attr) is not probe.param
-                if replaced or probe.param.shape != probe.shape:
-                    site.probes = {a: p for a, p in site.probes.items() if a != attr}
-                    self.drop(probe.name, REPLACED if replaced else RESHAPED)
         for probe in self.probes.values():
             if probe.name not in self.reasons:
                 probe.follow()
@@ -155,7 +156,9 @@ class Probes:
         self.probes[probe.name] = probe
         self.width += probe.sketch.dim
 
-    def adopt(self, probes: Sequence[Probe], seen: Sequence[bool], left_out: Mapping[str, str]) -> None:
+    def adopt(
+        self, probes: Sequence[Probe], seen: Sequence[bool], left_out: Mapping[str, str], suspects: Mapping[str, str]
+    ) -> None:
         """Lay the columns out as ``probes`` are ordered, those of other parameters after them, and leave out what
         ``left_out`` names and what no tracker could take. Statistics under way are dropped."""
         names = {p.name for p in probes}
@@ -165,7 +168,7 @@ class Probes:
             probe.seen = used
             self._append(probe)
         self.reasons = {**left_out, **self.unfit}
-        self.suspects = {}
+        self.suspects = dict(suspects)
         for site in self.sites:
             site.reason = site.unfit = None
         self._flags = ()  # the sites' probes are looked up anew before the next batch
@@ -232,6 +235,15 @@ class Probes:
                 said, site.unfit = said or f"{site.place}: {site.unfit}", None
         return said
 
+    @property
+    def host(self) -> bool:
+        """Whether values may be looked at on the host: there is no device to wait for, or the step is checked."""
+        return self.device.type == "cpu" or self.accumulation.checking
+
+    def strays(self) -> list[Probe]:
+        """Of shared rows that had a gradient, whose ``stray`` says whether it was all by example."""
+        return [p for p in self.probes.values() if p.stray.grad is not None and p.name not in self.reasons]
+
     def collect_reasons(self) -> list[Probe]:
         """Drop the parameters of modules that saw rows which are not the batch's; the newly dropped."""
         dropped = []
@@ -240,7 +252,8 @@ class Probes:
         found = [
             (p, f"{site.place}: {site.reason}") for site in self.sites if site.reason for p in site.probes.values()
         ]
-        found += [(p, STRAY) for p in self.probes.values() if p.stray.grad is not None]
+        if self.host:
+            found += [(p, STRAY) for p in self.strays() if bool(p.stray.grad)]
         missing = {p.name: reason for p, reason in found if p.name not in self.reasons}
         for probe, reason in found:
             if probe.name not in self.reasons:
@@ -314,6 +327,7 @@ class Probes:
     def remove(self) -> None:
         for site in self.sites:
             site.remove()
+        forget_compiled()
         for probe in self.probes.values():
             probe.remove()
 

@@ -15,8 +15,7 @@ from torch import nn
 
 class RootHooks:
     """Calls ``before(args, kwargs)`` and ``after(args, kwargs, output)`` around every call of ``model`` between ``put``
-    and ``take_away``; ``after`` also, with ``None``, where the call raised. What ``after`` returns takes the place of
-    the output, unless it is ``None``."""
+    and ``take_away``; ``after`` also, with ``None``, where the call raised."""
 
     def __init__(self, model: nn.Module, before: Callable[..., None], after: Callable[..., Any]) -> None:
         self._before, self._after = _Hook(model, before), _Hook(model, after)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ class Rows:
         receipt: scalar leaf that every captured layer takes as an input; its gradient arriving tells of the pass.
         half: a captured layer ran in bfloat16 or float16.
         fitted: some captured layer had rows of these ids.
+        shared: rows [1, ...] that all examples share, while the batch is open.
         hidden: a tracked layer was called without gradients, as under reentrant checkpointing, which runs it again.
     """
 
@@ -40,7 +42,6 @@ class Rows:
         device: torch.device,
         weight: Tensor | None = None,
         weight_total: float | Tensor | None = None,
-        arrive: Callable[[], int] = lambda: 1,
     ) -> None:
         ids = ids.detach()
         self.shape = tuple(ids.shape)
@@ -76,14 +77,17 @@ class Rows:
         self.backward = 0
         self.half = False
         self.fitted = False
+        self.shared: list[Tensor] = []
         self.hidden = False
-        self._arrive = arrive
         self._receipt: Tensor | None = torch.zeros((), device=device, requires_grad=True)
         self._weak = TensorWeakRef(self._receipt)
-        self._receipt.register_post_accumulate_grad_hook(self._received)
+        self._listener: weakref.WeakMethod[Callable[[], None]] | None = None
 
-    def _received(self, _: Tensor) -> None:
-        self.backward = self._arrive()
+    def listen(self, ran: Callable[[], None]) -> None:
+        """Have the method ``ran`` called when a backward pass has run through the batch. The graph keeps its object
+        alive, these rows do not."""
+        self._listener = weakref.WeakMethod(ran)
+        self.receipt.register_post_accumulate_grad_hook(lambda _: ran())
 
     @property
     def receipt(self) -> Tensor:
@@ -91,7 +95,9 @@ class Rows:
         receipt = self._weak() if self._receipt is None else self._receipt
         if receipt is None:  # nothing but what is run again holds it
             receipt = self._receipt = torch.zeros((), device=self.offsets.device, requires_grad=True)
-            receipt.register_post_accumulate_grad_hook(self._received)
+            ran = None if self._listener is None else self._listener()
+            if ran is not None:
+                self.listen(ran)
         return receipt
 
     def share_receipt(self, other: Rows) -> None:

@@ -103,6 +103,7 @@ def state_of(tracker: TaskGradTracker) -> dict[str, Any]:
         # in the order of the columns: name, shape, number of columns, whether a step has used it
         "parameters": [[p.name, list(p.param.shape), p.sketch.dim, p.seen] for p in probes.probes.values()],
         "left_out": dict(probes.reasons),
+        "suspects": dict(probes.suspects),
         **{name: attrgetter(name)(tracker._steps).detach().to("cpu", copy=True) for name in TENSORS},
     }
     return {**state, "digest": _digests(state)}
@@ -118,12 +119,13 @@ class Load:
     probes: list[Probe]
     seen: list[bool]
     left_out: dict[str, str]
+    suspects: dict[str, str]
     tensors: dict[str, Tensor]
 
     def commit(self) -> None:
         """Replace everything. What the tracker had of the step under way is given up."""
         tracker, steps = self.tracker, self.tracker._steps
-        tracker._probes.adopt(self.probes, self.seen, self.left_out)
+        tracker._probes.adopt(self.probes, self.seen, self.left_out, self.suspects)
         for name, value in self.tensors.items():
             owner, attr = name.rsplit(".", 1)
             setattr(attrgetter(owner)(steps), attr, value)
@@ -144,7 +146,7 @@ def check_state(tracker: TaskGradTracker, state: Mapping[str, Any]) -> Load:
     for name, mine in settings.items():  # the version first: the fields of another one are others
         if _encoded(name, _field(state, name)) != _encoded(name, mine):
             raise ValueError(f"state_dict[{name!r}] is {_shown(state[name])}, this tracker has {mine!r}")
-    plain = [*settings, "step", "verified", "parameters", "left_out"]
+    plain = [*settings, "step", "verified", "parameters", "left_out", "suspects"]
     fields = [*plain, *TENSORS]
     strange = [name for name in state if name not in (*fields, "digest")]
     if strange:
@@ -154,7 +156,7 @@ def check_state(tracker: TaskGradTracker, state: Mapping[str, Any]) -> Load:
         raise ValueError(f"state_dict['step'] must be a number of steps, got {_shown(step)}")
     if type(verified) is not bool:
         raise TypeError(f"state_dict['verified'] must be True or False, got {_shown(verified)}")
-    left_out = _check_left_out(tracker._probes, _field(state, "left_out"))
+    left_out, suspects = (_check_reasons(tracker._probes, state, name) for name in ("left_out", "suspects"))
     probes, seen = _check_parameters(tracker._probes, _field(state, "parameters"), left_out)
     _check_digests(state, fields, plain)  # before what one that was changed would make look wrong
     sizes = {"T": len(tracker.tasks), "K": sum(p.sketch.dim for p in probes)}
@@ -168,7 +170,7 @@ def check_state(tracker: TaskGradTracker, state: Mapping[str, Any]) -> Load:
     device = next(iter(tracker._probes.params.values())).device  # the model may have been moved since track()
     with torch.inference_mode(False):  # or they could not be written to in the next step
         tensors = {name: state[name].detach().to(device, copy=True).contiguous() for name in TENSORS}
-    return Load(tracker, step, verified, probes, seen, left_out, tensors)
+    return Load(tracker, step, verified, probes, seen, left_out, suspects, tensors)
 
 
 def _shown(value: Any) -> str:
@@ -185,15 +187,17 @@ def _field(state: Mapping[str, Any], name: str) -> Any:
     return state[name]
 
 
-def _check_left_out(probes: Probes, left_out: Any) -> dict[str, str]:
-    if not isinstance(left_out, Mapping):
-        raise TypeError(f"state_dict['left_out'] must map names to reasons, got {_shown(left_out)}")
-    for name, reason in left_out.items():
+def _check_reasons(probes: Probes, state: Mapping[str, Any], field: str) -> dict[str, str]:
+    """A field that maps names of parameters to reasons."""
+    reasons, where = _field(state, field), f"state_dict[{field!r}]"
+    if not isinstance(reasons, Mapping):
+        raise TypeError(f"{where} must map names to reasons, got {_shown(reasons)}")
+    for name, reason in reasons.items():
         if type(name) is not str or type(reason) is not str:
-            raise TypeError(f"state_dict['left_out'] must map names to reasons, got {_shown(name)}: {_shown(reason)}")
+            raise TypeError(f"{where} must map names to reasons, got {_shown(name)}: {_shown(reason)}")
         if name not in probes.params:
-            raise ValueError(f"state_dict['left_out'] names the parameter {name!r}, which this model has not")
-    return dict(left_out)
+            raise ValueError(f"{where} names the parameter {name!r}, which this model has not")
+    return dict(reasons)
 
 
 def _check_parameters(probes: Probes, parameters: Any, left_out: Mapping[str, str]) -> tuple[list[Probe], list[bool]]:

@@ -60,6 +60,7 @@ class _Collected:
     first: int = 1 << 62
     gone: int = 0
     passes: int = 0
+    strays: list[Tensor] = field(default_factory=list)  # not looked at on the host
 
 
 @dataclass
@@ -121,17 +122,26 @@ class Steps:
         if self.probes.width > self.memory.ema.shape[1]:
             self.memory.widen(self.theta)
 
+    @property
+    def moved_on(self) -> bool:
+        """Whether a backward pass came after the statistics under way were collected."""
+        return bool(self._collected.names) and self._collected.passes != self.probes.accumulation.count
+
     def begin(self) -> None:
         """Before a batch: a step that did not come is given up, parameters that changed since are noticed."""
         self.abandon_if_vanished()
-        if self.probes.grams and any(b.task_rows.backward for b in self.batches.pending):
+        between = not any(b.task_rows.backward for b in self.batches.pending)
+        if self.probes.grams and not between:
             raise RuntimeError(SECOND_BATCH)
-        if self.probes.refresh(between_steps=not self.batches.pending):
-            self.theta = self.probes.theta()
-            self.memory.widen(self.theta)
-        elif self._by_hand and not self.batches.pending:
+        self._refresh(between)
+        if self._by_hand and between:
             self.theta = self.probes.theta()  # step() comes after the update
         self.probes.accumulation.checking = self._guard and (self._due or bool(self.probes.suspects))
+
+    def _refresh(self, between_steps: bool) -> None:
+        if self.probes.refresh(between_steps):
+            self.theta = self.probes.theta()
+            self.memory.widen(self.theta)
 
     @property
     def _due(self) -> bool:
@@ -155,7 +165,7 @@ class Steps:
         self.probes.accumulation.settle()
         if ran and not self.probes.dirty and not self._collected.names:
             self.batches.pending = [b for b in self.batches.pending if not b.task_rows.backward]
-            self.mail.put(self.nothing(REASONS["vanished"]))
+            self._no_step(REASONS["vanished"])
 
     def collect(self, params: Container[int] | None) -> None:
         """Take the statistics of the parameters with these ids (``None``: of all that are left): an optimizer is about
@@ -164,9 +174,13 @@ class Steps:
         accumulation.settle(compare=False)
         self.drop_unattributed()
         if not taken.names:
+            if world_size(self._group) > 1:  # the packet's size is that of what trains, whoever entered a batch
+                self._refresh(between_steps=False)
             taken.passes = accumulation.count
             if not self._by_hand:
                 self.theta = self.probes.theta()  # also what was written through .data since the last step
+        if not self.probes.host:
+            taken.strays += [p.stray.grad for p in self.probes.strays() if p.stray.grad is not None]
         read = world_size(self._group) > 1 or accumulation.checking
         probes = [
             p
@@ -180,7 +194,7 @@ class Steps:
                 if probe.tap.grad is not None:
                     taken.taps[probe.name] = probe.tap.grad
                     taken.first, taken.gone = min(taken.first, held.first), max(taken.gone, held.gone)
-                if grad is not None and (held.written or held.foreign or read):
+                if grad is not None and (held.written or held.foreign or read or probe.hooked):
                     dense = grad if grad.layout is torch.strided else grad.to_dense()
                     taken.written[probe.name] = probe.sketch_of(dense)
                 if held.written:
@@ -198,17 +212,19 @@ class Steps:
         self._open = None
         gone = self.probes.accumulation.count
         self.batches.pending = [b for b in self.batches.pending if not 0 < b.task_rows.backward <= gone]
-        self.mail.put(self.nothing(REASONS["cut short"]))
+        self._no_step(REASONS["cut short"])
 
     # -- the step's gradients -----------------------------------------------------------------------------------------
 
     def read(self) -> None:
         """The step's gradients against the memory."""
-        if self.probe is not None:
-            self.probe.before = self.probe.measure()
+        probe, self.probe = self.probe, None
+        if probe is not None:  # one that raises is given up
+            probe.before = probe.measure()
+            self.probe = probe
         taken, self._collected = self._collected, _Collected()
         ran = [b for b in self.batches.pending if b.task_rows.backward > taken.gone]
-        entered = bool(self.batches.pending)
+        entered, self.batches.entered = self.batches.entered > 0, 0
         misfit, self.misfit = self.misfit is not None, None
         self.batches.pending.clear()
         if self.probes.grams and len(ran) > 1:
@@ -218,13 +234,13 @@ class Steps:
             self.probes.warn_of_gaps()
         if ranks == 1 and not (ran and self.probes.live()):
             if not self.probes.live():  # an old report would look like news
-                self.mail.put(self.nothing("every parameter was left out, see tracker.coverage()"))
+                self._no_step(REASONS["nothing"])
             elif misfit:
-                self.mail.put(self.nothing(REASONS["misfit"]))
+                self._no_step(REASONS["misfit"])
             elif self.probes.accumulation.interrupted:
-                self.mail.put(self.nothing(REASONS["interrupted"]))
+                self._no_step(REASONS["interrupted"])
             elif entered and taken.written:
-                self.mail.put(self.nothing(REASONS["unreached"]))
+                self._no_step(REASONS["unreached"])
             return
         if ran:
             self.silence.batch()
@@ -257,25 +273,36 @@ class Steps:
             kept = self._any_column(written != 0)  # the others were zeroed in place since the last pass
             gradient = gradient * self._spread(kept)
             apart = unlike(gradient, written, self.probes.widths(), self._tolerances(probes, half))
-            alone = apart & blamed
-            few = (alone.sum() == 1) | (2 * alone.sum() < len(self.probes.live()))
-            suspects = suspects | (alone & few)
+            apart = apart & self._mask(p.seen for p in probes)
+            suspects = suspects | (apart & blamed)
             state[_AT["changed"]] |= (apart & ~suspects).any()
             state[_AT["vanished"]] |= (written == 0).all()
         elif not taken.taps:
             state[_AT["vanished"]] = True
+        for stray in taken.strays:
+            state[_AT["changed"]] |= stray > 0
         state[_AT["infinite"]] |= ~torch.isfinite(gradient).all()
+        if written is not None:
+            state[_AT["infinite"]] |= ~torch.isfinite(written).all()
+        # of many at once it is said that the step is not valid
+        many = (suspects.sum() > 1) & (2 * suspects.sum() > sum(p.seen for p in self.probes.live()))
+        state[_AT["changed"]] |= many
+        suspects = suspects & ~many
         left_out = self._judge(probes, suspects, taken, state)
         if left_out is not None:
             gradient[:, left_out] = 0
+        out = self.probes.suspects.keys() | self.probes.reasons.keys()
+        state[_AT["nothing"]] |= ranks == 1 and bool(taken.taps) and not taken.taps.keys() - out
         valid = ~state.any()
         if wrong is not None:
             valid = valid & ~wrong
         gram = None
         if uses is not None:
-            self._leave_out_reused(uses.probes, uses.repeated, gradient)
-            if valid.device.type != "cpu" and not self._due:
+            if not self.probes.host or (len(uses.probes) > 1 and bool(uses.repeated.all())):
+                state[_AT["reused"]] |= uses.repeated.any()
                 valid = valid & ~uses.repeated.any()
+            else:
+                self._leave_out_reused(uses.probes, uses.repeated, gradient)
             if kept is not None:
                 uses.keep(kept[[probes.index(p) for p in uses.probes]])
             gram = uses.gram({**self.probes.suspects, **self.probes.reasons}, scale)
@@ -335,7 +362,7 @@ class Steps:
     def _judge(self, probes: Sequence[Probe], suspects: Tensor, taken: _Collected, state: Tensor) -> Tensor | None:
         """Leave out the parameters that are contradicted: bool [K]. Where the host is not to wait for which, the step
         is not valid."""
-        if suspects.device.type != "cpu" and not self.probes.accumulation.checking:
+        if not self.probes.host:
             state[_AT["changed"]] |= suspects.any()
             return None
         out = self.probes.reasons
@@ -346,8 +373,6 @@ class Steps:
         return self.probes.columns_of(found)
 
     def _leave_out_reused(self, probes: Sequence[Probe], repeated: Tensor, gradient: Tensor) -> None:
-        if repeated.device.type != "cpu" and not self._due:
-            return
         for probe, twice in zip(probes, repeated.tolist(), strict=True):
             if twice:
                 self.probes.drop(probe.name, REUSED)
@@ -378,7 +403,7 @@ class Steps:
         gradient, written, *rest = all_reduce_flat(parts, self._group)
         weight, mass, entered, examples, loss, silent, state, suspects, blamed, lost, seen, check, wrong = rest
         kept = ~self._spread(lost)
-        if lost.device.type == "cpu" or self.probes.accumulation.checking:
+        if self.probes.host:
             self.row_check.agree(check.tolist())
             for probe, gone, used in zip(self.probes.probes.values(), lost.tolist(), seen.tolist(), strict=True):
                 probe.seen = used
@@ -455,10 +480,19 @@ class Steps:
         # an exact Gram has no sketching error
         maps = () if self.probes.grams else tuple(p.sketch for p in self.probes.probes.values())
         self.mail.send(Delivery(self.tasks, self.count, values, maps))
+        if self.probes.device.type == "cpu" and not bool(step.valid):  # also where nobody asks for reports
+            report = self.mail.newest(wait=False)
+            if report is not None:
+                self.silence.hear(report)
 
     def _since_seen(self) -> Tensor:
         last = self.memory.last_seen
         return torch.where(last >= 0, self.count - last, -1)
+
+    def _no_step(self, reason: str) -> None:
+        report = self.nothing(reason)
+        self.mail.put(report)
+        self.silence.hear(report)
 
     def nothing(self, reason: str) -> StepReport:
         """The report of no step."""

@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .batches import Batch, Batches
-from .capture.shared_row import without_shared_rows
+from .capture.shared_row import make_plain
 from .closing import StepHooks
 from .coverage import Coverage
 from .probe import StepProbe
@@ -58,7 +60,7 @@ class TaskGradTracker:
         width = None if mode == "exact" and accumulate else sketch_dim
         self._probes = Probes(model, self._batches, len(self.tasks), width, SKETCH_SEED, include, not accumulate)
         try:
-            self._root = RootHooks(model, lambda args, kwargs: None, lambda args, kwargs, out: without_shared_rows(out))
+            self._root = RootHooks(model, lambda args, kwargs: None, self._returned)
             self._row_check = RowCheck(model, self._batches, self._probes.sites, enabled=verify)
             self._steps = Steps(
                 self.tasks,
@@ -132,10 +134,17 @@ class TaskGradTracker:
         if loss_weight is not None:
             loss_weight = check_loss_weight(loss_weight, len(self.tasks))
         rows = self._rows(ids, weight, weight_total)
-        return Batch(rows, weight, loss_weight, self._enter, self._leave)
+        return Batch(rows, weight, loss_weight, self._enter, self._leave, self._ran)
 
     def _rows(self, ids: Tensor, weight: Tensor | None = None, total: float | Tensor | None = None) -> Rows:
-        return Rows(ids, len(self.tasks), self._probes.device, weight, total, self._probes.accumulation.arrive)
+        with torch.inference_mode(False):
+            return Rows(ids, len(self.tasks), self._probes.device, weight, total)
+
+    def _ran(self, batch: Batch) -> None:
+        """A backward pass ran through the batch, maybe one that had been given up."""
+        batch.task_rows.backward = self._probes.accumulation.arrive()
+        if all(b is not batch for b in self._batches.pending):
+            self._batches.pending.append(batch)
 
     def rows(self, ids: Tensor) -> AbstractContextManager[None]:
         """Inside a model's forward: the layers called here work on rows with these ids, int64 (N,) (gathered rows, as
@@ -151,8 +160,9 @@ class TaskGradTracker:
         if self._batches.active is not None:
             raise RuntimeError("tracker.batch() is open already; leave it before the next batch begins")
         if self._hooks is not None:
-            self._hooks.cut_short()
-        self._steps.begin()
+            self._hooks.stay_last()
+        if not torch.is_inference_mode_enabled():  # else an evaluation
+            self._steps.begin()
         self._batches.enter(batch)
         self._root.put()
         self._row_check.enter(batch.task_rows)
@@ -168,6 +178,11 @@ class TaskGradTracker:
                 "tracker.verify(*inputs) inside tracker.batch() with a batch that can tell, or pass verify=False",
                 stacklevel=4,
             )
+
+    def _returned(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """The model's forward is over: what it gives away is what it would be without tracking."""
+        if self._batches.active is not None and not torch.compiler.is_compiling():
+            make_plain(self._batches.active.task_rows.shared)
 
     def step(self) -> None:
         """Close the step by hand, for a tracker without optimizer: after the update, before gradients are zeroed."""
@@ -244,7 +259,8 @@ class TaskGradTracker:
                 settings or another model; the message names it. The tracker is then as it was.
             RuntimeError: inside ``with tracker.batch(...)``.
         """
-        self._check_load(state).commit()
+        with torch.inference_mode(False):
+            self._check_load(state).commit()
 
     def _check_load(self, state: Mapping[str, Any]) -> Load:
         if self._batches.active is not None:
@@ -325,6 +341,8 @@ def track(
     if not 0 <= memory_decay < 1:
         raise ValueError(f"memory_decay must lie in [0, 1), got {memory_decay}")
     trainable = [p for p in model.parameters() if p.requires_grad]
+    if any(is_lazy(p) for p in trainable):
+        raise ValueError("the model has lazy modules without parameters yet: run it once on a batch, then track() it")
     if not trainable:
         raise ValueError("model has no trainable parameters: every requires_grad is False")
     _refuse_sharded(model, trainable)
@@ -342,19 +360,20 @@ def track(
     dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
     if any(isinstance(p, dtensor) for p in trainable):
         raise ValueError("sharded parameters (DTensor: FSDP2, tensor parallelism) are not supported; use DDP")
-    return TaskGradTracker(
-        model,
-        tasks,
-        optimizers,
-        mode=mode,
-        sketch_dim=sketch_dim,
-        memory_decay=memory_decay,
-        loss_scale=loss_scale,
-        verify=verify,
-        process_group=process_group,
-        include=include,
-        accumulate=accumulate,
-    )
+    with torch.inference_mode(False):
+        return TaskGradTracker(
+            model,
+            tasks,
+            optimizers,
+            mode=mode,
+            sketch_dim=sketch_dim,
+            memory_decay=memory_decay,
+            loss_scale=loss_scale,
+            verify=verify,
+            process_group=process_group,
+            include=include,
+            accumulate=accumulate,
+        )
 
 
 def _optimizers(given: Any) -> list[Optimizer]:

@@ -21,11 +21,20 @@ REASONS = {
         "no backward pass reached a tracked layer in this step's batches, yet there are gradients: filled by hand, by "
         "backward(inputs=...), which leaves the statistics out, or by a forward outside of batch()"
     ),
-    "vanished": "the gradients were None or zero at the step: zeroed after the backward pass, or the step was skipped",
+    "nothing": "every parameter was left out, see tracker.coverage()",
+    "reused": (
+        "every weight was used twice (two backward passes through one batch?), and accumulate=False adds nothing up"
+    ),
+    "vanished": (
+        "the gradients were None or zero at the step: zeroed after the backward pass, the step was skipped, or another "
+        "optimizer stepped than the one that track() was given"
+    ),
     "infinite": "gradients are not finite",
     "changed": (
         "param.grad is not one factor times the sum over tasks: clipped by value, clipped or scaled between backward "
-        "passes, filled by hand, not zeroed after the last step, or partly of a backward pass outside of batch()"
+        "passes, filled by hand, not zeroed after the last step (also of parameters that no optimizer holds: "
+        "model.zero_grad()), changed by hooks, with a penalty on most weights in it, or partly of a "
+        "backward pass outside of batch()"
     ),
 }
 

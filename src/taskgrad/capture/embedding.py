@@ -54,29 +54,39 @@ class _Embedding(torch.autograd.Function):
 
 
 class _Row(torch.autograd.Function):
-    """The row itself: its gradient belongs to no example, and ``stray`` gets to know that there was one."""
+    """The row [1, ...], and its echo."""
 
     @staticmethod
-    def forward(ctx: Any, index: Tensor, weight: Tensor, padding_idx: int, stray: Tensor) -> Tensor:
+    def forward(ctx: Any, index: Tensor, weight: Tensor, padding_idx: int, stray: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(index)
+        ctx.set_materialize_grads(False)
         ctx.padding_idx, ctx.num_embeddings = padding_idx, weight.shape[0]
-        return nn.functional.embedding(index, weight).detach()
+        row = nn.functional.embedding(index, weight).detach()
+        return row, torch.zeros_like(row)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, d_row: Tensor | None, d_echo: Tensor | None) -> tuple[Any, ...]:
         refuse_double_backward()
         (index,) = ctx.saved_tensors
-        dw = torch.ops.aten.embedding_dense_backward(dy, index, ctx.num_embeddings, ctx.padding_idx, False)
-        return None, dw, None, torch.ones((), device=dy.device)
+        if d_row is None or d_echo is None:  # detached since, or never added to rows of the batch
+            stray = torch.ones((), device=index.device)
+            if d_row is None:
+                return None, None, None, stray
+            d_echo = torch.zeros_like(d_row)
+        dw = torch.ops.aten.embedding_dense_backward(d_row, index, ctx.num_embeddings, ctx.padding_idx, False)
+        apart, size = (d_row - d_echo).abs().sum(), d_row.abs().sum()
+        stray = torch.where(apart > 8 * torch.finfo(d_row.dtype).eps * size, 1.0, 0.0)
+        return None, dw, None, stray.to(torch.float32)
 
 
 class _Spread(torch.autograd.Function):
-    """The row once per example: [1, ...] as [B, ...], a view."""
+    """The row once per example: [1, ...] as [B, ...], a view. The weight's gradient comes through the row."""
 
     @staticmethod
     def forward(
         ctx: Any,
         row: Tensor,
+        echo: Tensor,
         index: Tensor,
         weight: Tensor,
         padding_idx: int,
@@ -100,9 +110,10 @@ class _Spread(torch.autograd.Function):
         refuse_double_backward()
         index, order, offsets, receipt, left, right = ctx.saved_tensors
         index = index.expand(ctx.examples, *index.shape[1:])
-        dw, tap = _gradients(ctx, dy, index, order, offsets, left, right)
-        none = (None,) * 5
-        return None, None, dw, *none, receipt_grad(receipt), tap, None, None
+        tap = _gradients(ctx, dy, index, order, offsets, left, right)[1]
+        total = dy.sum(0, keepdim=True)
+        none = (None,) * 7
+        return total, total, *none, receipt_grad(receipt), tap, None, None
 
 
 def _gradients(
@@ -147,9 +158,13 @@ class EmbeddingCapture(Capture):
                 f"input of {shape_text(index)} neither starts with the shape of the ids, {rows.shape}, "
                 "nor is one row [1, ...] that is shared by all examples"
             )
-        row = _Row.apply(index, module.weight, padding_idx, probe.stray)
-        where = (index, module.weight, padding_idx, examples)
-        return shared_row(row, examples, lambda: _Spread.apply(row.detach(), *where, *by_rows))
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        row, echo = _Row.apply(index, weight, padding_idx, probe.stray)
+        where = (echo, index, weight.detach(), padding_idx, examples)
+        if not torch.compiler.is_compiling():
+            rows.shared.append(row)
+        return shared_row(row, examples, lambda x: _Spread.apply(x, *where, *by_rows))
 
     def watch(self, out: Any, examples: int, see: Callable[[Tensor], None]) -> Any:
         if isinstance(out, Tensor) and out.dim() > 1 and out.shape[0] == 1 and examples > 1:

@@ -9,6 +9,7 @@ its site, any other runs the class's own. Nothing is written to an instance.
 from __future__ import annotations
 
 import functools
+import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -31,10 +32,18 @@ def site_of(module: nn.Module) -> Site | None:
     return None if found is None else found()
 
 
+def forget_compiled() -> None:
+    """What torch.compile has compiled may have passed a module by that is tracked now, or not tracked any more: it
+    guards on no class's ``forward``, so it is to compile again."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
+
+
 def class_forward(cls: type[nn.Module]) -> Forward:
     """The ``forward`` of a module class, as it is where nothing is tracked: a function of the module."""
     cls = _defining(cls)
-    forward = cls.__dict__["forward"]
+    forward: Forward = cls.__dict__["forward"]
     return _ROUTES.get(forward, forward)
 
 
