@@ -295,15 +295,6 @@ class Probes:
                 out[probe.columns] = probe.sketch_of(probe.param)
         return out
 
-    def columns_of(self, probes: Collection[Probe]) -> Tensor | None:
-        """Which of the K columns belong to ``probes``, bool [K]; ``None`` for none."""
-        if not probes:
-            return None
-        mask = torch.zeros(self.width, dtype=torch.bool, device="cpu")
-        for probe in probes:
-            mask[probe.columns] = True
-        return mask.to(self.device)
-
     def widths(self) -> Tensor:
         """Columns of every probe, int64 [P]."""
         return torch.tensor([p.sketch.dim for p in self.probes.values()], device="cpu").to(self.device)

@@ -46,7 +46,8 @@ def _settings(tracker: TaskGradTracker) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Table:
-    """A tensor of the state; its name is where ``Steps`` has it. ``shape`` in terms of T tasks and K columns; ``wrong``
+    """A tensor of the state; its name is where ``Steps`` has it. ``shape`` in terms of T tasks, K columns and P
+    parameters; ``wrong``
     marks values that cannot be, given the other fields, and ``need`` says what they must be."""
 
     shape: tuple[str | int, ...]
@@ -57,6 +58,11 @@ class _Table:
 
 def _wrong_count(count: Tensor, state: Mapping[str, Any]) -> Tensor:
     wrong: Tensor = (count < 0) | (count > state["step"])
+    return wrong
+
+
+def _wrong_missed(missed: Tensor, state: Mapping[str, Any]) -> Tensor:
+    wrong: Tensor = (missed < 0) | (missed > state["memory.count"][:, None])
     return wrong
 
 
@@ -84,6 +90,7 @@ TENSORS = {
     "memory.before": _Table(("T", "K")),
     "memory.after": _Table(("T", "K")),
     "memory.count": _Table(("T",), (torch.int64,), _wrong_count, "from 0 to the step count"),
+    "memory.missed": _Table(("T", "P"), (torch.int64,), _wrong_missed, "from 0 to memory.count"),
     "memory.last_seen": _Table(
         ("T",), (torch.int64,), _wrong_last_seen, "-1 for tasks never seen, else from memory.count to the step count"
     ),
@@ -159,7 +166,7 @@ def check_state(tracker: TaskGradTracker, state: Mapping[str, Any]) -> Load:
     left_out, suspects = (_check_reasons(tracker._probes, state, name) for name in ("left_out", "suspects"))
     probes, seen = _check_parameters(tracker._probes, _field(state, "parameters"), left_out)
     _check_digests(state, fields, plain)  # before what one that was changed would make look wrong
-    sizes = {"T": len(tracker.tasks), "K": sum(p.sketch.dim for p in probes)}
+    sizes = {"T": len(tracker.tasks), "K": sum(p.sketch.dim for p in probes), "P": len(probes)}
     for name, table in TENSORS.items():
         _check_form(name, _field(state, name), table, sizes)
     _check_digests(state, fields, fields)

@@ -101,7 +101,7 @@ class Steps:
         self.probe: StepProbe | None = None
         self.gradient: Tensor | None = None
         dtype = next(iter(probes.probes.values())).tap.dtype
-        self.memory = TaskMemory(len(tasks), probes.width, memory_decay, dtype, probes.device)
+        self.memory = TaskMemory(len(tasks), probes.widths(), memory_decay, dtype, probes.device)
         self.overwriting = Overwriting(len(tasks), probes.device)
         self.mail = Mailbox()
         self.silence = Silence()
@@ -119,8 +119,10 @@ class Steps:
         self.gradient, self._open, self.mail = None, None, Mailbox()
         self._collected, self.misfit = _Collected(), None
         self.theta = self.probes.theta()
+        widths = self.probes.widths()
+        self.memory.resume(widths[: self.memory.missed.shape[1]])
         if self.probes.width > self.memory.ema.shape[1]:
-            self.memory.widen(self.theta)
+            self.memory.widen(widths, self.theta)
 
     @property
     def moved_on(self) -> bool:
@@ -141,7 +143,7 @@ class Steps:
     def _refresh(self, between_steps: bool) -> None:
         if self.probes.refresh(between_steps):
             self.theta = self.probes.theta()
-            self.memory.widen(self.theta)
+            self.memory.widen(self.probes.widths(), self.theta)
 
     @property
     def _due(self) -> bool:
@@ -233,8 +235,8 @@ class Steps:
         if not ran and self.silence.no_batch(entered) and entered:
             self.probes.warn_of_gaps()
         if ranks == 1 and not (ran and self.probes.live()):
-            if not self.probes.live():  # an old report would look like news
-                self._no_step(REASONS["nothing"])
+            if not self.probes.live():  # an old report would look like news; each was named as it was left out
+                self.mail.put(self.nothing(REASONS["nothing"]))
             elif misfit:
                 self._no_step(REASONS["misfit"])
             elif self.probes.accumulation.interrupted:
@@ -290,7 +292,7 @@ class Steps:
         suspects = suspects & ~many
         left_out = self._judge(probes, suspects, taken, state)
         if left_out is not None:
-            gradient[:, left_out] = 0
+            gradient = gradient * ~self._spread(left_out)
         out = self.probes.suspects.keys() | self.probes.reasons.keys()
         state[_AT["nothing"]] |= ranks == 1 and bool(taken.taps) and not taken.taps.keys() - out
         valid = ~state.any()
@@ -360,7 +362,7 @@ class Steps:
         )
 
     def _judge(self, probes: Sequence[Probe], suspects: Tensor, taken: _Collected, state: Tensor) -> Tensor | None:
-        """Leave out the parameters that are contradicted: bool [K]. Where the host is not to wait for which, the step
+        """Leave out the parameters that are contradicted: bool [P]. Where the host is not to wait for which, the step
         is not valid."""
         if not self.probes.host:
             state[_AT["changed"]] |= suspects.any()
@@ -370,7 +372,8 @@ class Steps:
         self.probes.acquit(taken.squares.keys() - {p.name for p in found})
         for probe in self.probes.suspect(found, UNSEEN):
             self.memory.forget_columns(probe.columns)
-        return self.probes.columns_of(found)
+        frozen = [p for p in probes if not p.param.requires_grad]
+        return self._mask(p in found or p in frozen for p in probes) if found or frozen else None
 
     def _leave_out_reused(self, probes: Sequence[Probe], repeated: Tensor, gradient: Tensor) -> None:
         for probe, twice in zip(probes, repeated.tolist(), strict=True):

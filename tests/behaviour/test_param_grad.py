@@ -556,3 +556,30 @@ def test_random_loops() -> None:
                 optimizer.zero_grad(chance(0.5))
         assert tracker.coverage().fraction == 1, (seed, tracker.coverage())
     assert min(seen.values()) > 30
+
+
+@pytest.mark.parametrize("why", ["suspected", "thawed", "frozen"])
+def test_the_memory_of_a_parameter_is_over_the_steps_that_it_was_in(why: str) -> None:
+    """At fixed parameters and one batch every mean gradient is the memory: the signal is its squared norm."""
+    model, optimizer, tracker = make()
+    tracker.remove()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    x = torch.randn(8, 4, dtype=torch.float64)
+    model[0].requires_grad_(why != "thawed")
+    tracker = tg.track(model, ["a", "b"], optimizer, mode="exact")
+    for k in range(9):
+        model[0].requires_grad_(not (why == "thawed" and k < 4 or why == "frozen" and 2 <= k < 6))
+        with tracker.batch(IDS):
+            loss = loss_of(model, x)
+        if why == "suspected" and k in (0, 2):
+            loss = loss + 0.1 * model[0].weight.square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if k == 4:
+            state = tracker.state_dict()
+            tracker.load_state_dict(state)
+    report = tracker.report()
+    assert report.valid and tracker.coverage().fraction == 1
+    torch.testing.assert_close(report.signal, report.norm.square(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(report.memory_dot.diagonal(), report.signal / 2, rtol=1e-9, atol=0)
