@@ -568,7 +568,7 @@ def test_the_memory_of_a_parameter_is_over_the_steps_that_it_was_in(why: str) ->
     model[0].requires_grad_(why != "thawed")
     tracker = tg.track(model, ["a", "b"], optimizer, mode="exact")
     for k in range(9):
-        model[0].requires_grad_(not (why == "thawed" and k < 4 or why == "frozen" and 2 <= k < 6))
+        model[0].requires_grad_(not ((why == "thawed" and k < 4) or (why == "frozen" and 2 <= k < 6)))
         with tracker.batch(IDS):
             loss = loss_of(model, x)
         if why == "suspected" and k in (0, 2):
@@ -583,3 +583,248 @@ def test_the_memory_of_a_parameter_is_over_the_steps_that_it_was_in(why: str) ->
     assert report.valid and tracker.coverage().fraction == 1
     torch.testing.assert_close(report.signal, report.norm.square(), rtol=1e-9, atol=0)
     torch.testing.assert_close(report.memory_dot.diagonal(), report.signal / 2, rtol=1e-9, atol=0)
+
+
+# -- hooks of others ---------------------------------------------------------------------------------------------------
+
+
+def clamp(p: Tensor) -> None:
+    assert p.grad is not None
+    p.grad.clamp_(-1e-3, 1e-3)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before track", "after track"])
+@pytest.mark.parametrize("kind", ["tensor", "post accumulate"])
+def test_hooks_that_clamp_every_gradient(kind: str, first: bool) -> None:
+    model, optimizer, tracker = make()
+    if first:
+        tracker.remove()
+    for p in model.parameters():
+        if kind == "tensor":
+            p.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
+        else:
+            p.register_post_accumulate_grad_hook(clamp)
+    if first:
+        tracker = tg.track(model, ["a", "b"], optimizer, mode="exact")
+    for _ in range(8):
+        passes(model, tracker)
+        step(model, optimizer)
+        optimizer.zero_grad()
+        assert not tracker.report().valid
+    assert tracker.coverage().fraction == 1
+
+
+def test_hooks_that_scale_every_gradient_alike() -> None:
+    model, optimizer, tracker = make()
+
+    def half(p: Tensor) -> None:
+        assert p.grad is not None
+        p.grad.mul_(0.5)
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(half)
+    for _ in range(5):
+        passes(model, tracker)
+        assert_follows(model, tracker, step(model, optimizer), factor=0.5)
+        optimizer.zero_grad()
+
+
+def test_a_hook_of_the_optimizer_that_came_later_is_seen() -> None:
+    model, optimizer, tracker = make()
+
+    def clip(*_: object) -> None:
+        torch.nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+
+    optimizer.register_step_pre_hook(clip)
+    for _ in range(5):
+        passes(model, tracker)
+        step(model, optimizer)
+        optimizer.zero_grad()
+        assert not tracker.report().valid
+
+
+def test_a_step_that_calls_the_step_of_its_base_class() -> None:
+    class Mine(torch.optim.AdamW):
+        def step(self, closure: object = None) -> object:  # type: ignore[override]
+            return super().step(closure)  # type: ignore[arg-type]
+
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # torch then calls the hooks of both classes' steps
+    model, _, tracker = make()
+    tracker.remove()
+    optimizer = Mine(model.parameters())
+    tracker = tg.track(model, ["a", "b"], optimizer, mode="exact")
+    for number in range(1, 4):
+        passes(model, tracker)
+        assert_follows(model, tracker, step(model, optimizer))
+        assert tracker.report().step == number
+        optimizer.zero_grad()
+
+
+# -- what is not finite, and what nothing is left of -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_gradients_that_became_not_finite_after_the_backward_pass(value: float, everywhere: bool) -> None:
+    model, optimizer, tracker = make()
+    passes(model, tracker)
+    for p in model.parameters() if everywhere else [model[0].weight]:
+        assert p.grad is not None
+        p.grad.mul_(value)
+    optimizer.step()
+    report = tracker.report()
+    assert not report.valid and report.reason is not None and "not finite" in report.reason
+    assert tracker.coverage().fraction == 1
+
+
+def test_an_untracked_forward_in_the_same_backward_pass() -> None:
+    model, optimizer, tracker = make()
+    for k in range(3):
+        other = loss_of(model)  # outside of batch()
+        with tracker.batch(IDS):
+            loss = loss_of(model)
+        (loss + other if k < 2 else loss).backward()
+        step(model, optimizer)
+        optimizer.zero_grad()
+        assert tracker.report().valid == (k == 2)
+    assert tracker.coverage().fraction == 1
+
+
+def test_two_backward_passes_where_nothing_adds_up() -> None:
+    model, optimizer, tracker = make(accumulate=False)
+    for k in range(3):
+        with tracker.batch(IDS):
+            loss = loss_of(model)
+        loss.backward(retain_graph=k == 1)
+        if k == 1:
+            loss.backward()
+        step(model, optimizer)
+        optimizer.zero_grad()
+        assert tracker.report().valid == (k != 1)
+    assert tracker.coverage().fraction == 1
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_was_given_up_runs_backward_again() -> None:
+    model, optimizer, tracker = make()
+    with tracker.batch(IDS):
+        first = loss_of(model)
+    first.backward(retain_graph=True)
+    optimizer.zero_grad()
+    with tracker.batch(IDS[:3]):
+        model(torch.randn(3, 4, dtype=torch.float64)).square().sum(1).mean().backward()
+    first.backward()
+    assert_follows(model, tracker, step(model, optimizer))
+    assert tracker.report().examples.tolist() == [6, 5]
+
+
+def test_a_batch_that_was_left_by_an_exception_and_is_used_all_the_same() -> None:
+    model, optimizer, tracker = make()
+    with pytest.raises(KeyError), tracker.batch(IDS):
+        kept = loss_of(model)
+        raise KeyError
+    passes(model, tracker)
+    kept.backward()
+    assert_follows(model, tracker, step(model, optimizer))
+    assert tracker.report().examples.tolist() == [8, 8]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_leaves_nothing_behind(mode: Callable[[], object]) -> None:
+    model, optimizer, tracker = make()
+    model[3].requires_grad_(False)
+    for k in range(4):
+        for _ in range(5):
+            with mode(), tracker.batch(IDS):  # type: ignore[attr-defined]
+                loss_of(model)
+            with tracker.batch(IDS), mode():  # type: ignore[attr-defined]
+                loss_of(model)
+        assert len(tracker._batches.pending) <= 1
+        if k == 2:
+            model[3].requires_grad_(True)
+        passes(model, tracker)
+        grads = {n: g for n, g in step(model, optimizer).items() if k > 1 or not n.startswith("3")}
+        assert tracker.report().valid, tracker.report().reason
+        parts = tracker.task_gradients()
+        for name, grad in grads.items():
+            torch.testing.assert_close(parts[name].sum(0), grad, rtol=1e-9, atol=1e-14)
+        optimizer.zero_grad()
+
+
+def test_a_graph_from_before_an_interrupt_runs_after_it() -> None:
+    model, optimizer, tracker = make()
+    losses = []
+    for _ in range(2):
+        with tracker.batch(IDS):
+            losses.append(loss_of(model))
+
+    def stop(_: Tensor) -> None:
+        raise ZeroDivisionError
+
+    handle = model[0].weight.register_hook(stop)
+    with pytest.raises(ZeroDivisionError):
+        losses[0].backward()
+    handle.remove()
+    optimizer.zero_grad()
+    losses[1].backward()
+    assert_follows(model, tracker, step(model, optimizer))
+    assert tracker.report().examples.tolist() == [4, 4]
+
+
+def test_a_gradient_filled_by_hand_where_no_pass_came() -> None:
+    model = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)]).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    tracker = tg.track(model, ["a", "b"], optimizer, mode="exact", verify=False)
+    for k in range(3):
+        x = torch.randn(8, 4, dtype=torch.float64)
+        with tracker.batch(IDS):
+            out = model[0](x) + model[1](x) if k == 0 else model[0](x)
+            out.square().sum(1).mean().backward()
+        if k == 1:
+            model[1].weight.grad = torch.randn(3, 4, dtype=torch.float64)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert tracker.report().valid == (k != 1)
+
+
+def test_evaluation_with_other_weights_is_no_effect_of_others() -> None:
+    """A tracker that is closed by hand; averaged weights are swapped in for an evaluation."""
+    model, optimizer, tracker = make()
+    tracker.remove()
+    tracker = tg.track(model, ["a", "b"], mode="exact")
+    for k in range(3):
+        if k == 2:
+            saved = {n: v.clone() for n, v in model.state_dict().items()}
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(0.9)
+                with tracker.batch(IDS):
+                    loss_of(model)
+            model.load_state_dict(saved)
+        passes(model, tracker)
+        optimizer.step()
+        tracker.step()
+        optimizer.zero_grad()
+    assert tracker.report().others_effect.abs().max() < 1e-15
+
+
+def test_suspects_are_part_of_the_state() -> None:
+    runs = []
+    for resumed in (False, True):
+        model, optimizer, tracker = make()
+        for k in range(3):
+            if resumed and k == 2:
+                state, weights = tracker.state_dict(), model.state_dict()
+                model, optimizer, tracker = make()
+                model.load_state_dict(weights)
+                tracker.load_state_dict(state)
+            torch.manual_seed(k)
+            with tracker.batch(IDS):
+                loss = loss_of(model)
+            (loss + model[0].weight.square().sum() if k >= 1 else loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append((tracker.report().to_dict(), tracker.coverage().unattributed))
+    assert runs[0] == runs[1] and set(runs[0][1]) == {"0.weight"}

@@ -520,3 +520,163 @@ def test_another_default_device() -> None:
         report = tracker.report()
         assert report.valid and report.gram.device.type == "cpu"
         str(report), report.to_dict(), tracker.coverage(), tracker.state_dict()
+
+
+# -- what others do to classes, to autograd and to the compiler --------------------------------------------------------
+
+
+def test_a_class_that_is_patched_is_not_taken_for_the_one_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: plain(self, x) * 2)
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    x = torch.randn(6, 4)
+    want = model(x)
+    tracker = track(model)
+    with tracker.batch(IDS):
+        torch.testing.assert_close(model(x), want)
+    assert "0.weight" in tracker.coverage().unattributed
+    tracker.remove()
+
+
+def test_a_patch_over_ours_outlives_the_tracker() -> None:
+    class Layer(Own):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.gamma
+
+    tg.register_capture(Layer)(OwnCapture)
+    model, x = Layer(), torch.randn(6, 4)
+    first = track(model)
+    inner = Layer.forward
+    Layer.forward = lambda self, x: inner(self, x) * 1  # type: ignore[method-assign]
+    first.remove()
+    torch.testing.assert_close(model(x), x)
+    with pytest.raises(ValueError, match="no rule"):
+        track(model)
+    torch.testing.assert_close(model(x), x)
+
+
+def test_a_weight_that_is_tied_in_mid_run() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)).double()
+    tracker = track(model, mode="exact")
+    for k in range(5):
+        if k == 2:
+            model[1].weight = model[0].weight
+        with tracker.batch(IDS):
+            model(torch.randint(9, (6, 3))).square().mean().backward()
+        tracker.step()
+        assert tracker.report().valid
+        assert relative_error(tracker.task_gradients()["0.weight"].sum(0), model[0].weight.grad) < 1e-10  # type: ignore[arg-type]
+        model.zero_grad()
+    assert tracker.coverage().fraction == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("what", ["grad", "jacrev", "jvp", "vmap", "dual"])
+def test_transforms_of_torch_func_inside_of_a_batch(what: str) -> None:
+    results = []
+    for tracked in (False, True):
+        model = make()
+        x = torch.randn(6, 4)
+        torch.manual_seed(3)
+        v = torch.randn(6, 4)
+
+        def other(model: nn.Module = model, x: Tensor = x, v: Tensor = v) -> Tensor:
+            if what == "grad":
+                return torch.func.grad(lambda z: model(z).sum())(x).sum()
+            if what == "jacrev":
+                return torch.func.jacrev(lambda z: model(z).sum(0))(x).sum()
+            if what == "jvp":
+                return torch.func.jvp(model, (x,), (v,))[1].sum()
+            if what == "vmap":
+                return torch.func.vmap(model)(x).sum()
+            with torch.autograd.forward_ad.dual_level():
+                dual = model(torch.autograd.forward_ad.make_dual(x, v))
+                return torch.autograd.forward_ad.unpack_dual(dual).tangent.sum()
+
+        if tracked:
+            tracker = track(model)
+            with tracker.batch(IDS):
+                results.append(other().detach())
+        else:
+            results.append(other().detach())
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_a_function_that_has_no_gradient_for_a_weight() -> None:
+    class Skip(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Any:
+            return dy * 2, None
+
+    model = make()
+    tracker = track(model, verify=True)
+    for _ in range(2):
+        with tracker.batch(IDS):
+            Skip.apply(model(torch.randn(6, 4)), model[3].weight).square().mean().backward()
+        tracker.step()
+        assert tracker.report().valid
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("width", [(4, 0), (0, 4)])
+def test_layers_without_features(width: tuple[int, int]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.ModuleList([nn.Linear(*width), nn.Linear(4, 3)])
+    tracker = track(model)
+    with tracker.batch(IDS):
+        (model[0](torch.randn(6, width[0])).sum() + model[1](torch.randn(6, 4)).square().mean()).backward()
+    tracker.step()
+    assert tracker.report().valid
+
+
+@pytest.mark.parametrize("kind", ["group_norm", "rms_norm"])
+def test_the_memory_layout_of_an_output_is_the_plain_one(kind: str) -> None:
+    if kind == "group_norm":
+        layer: nn.Module = nn.GroupNorm(2, 4)
+        x = torch.randn(6, 4, 5, 5).to(memory_format=torch.channels_last)
+    else:
+        layer, x = nn.RMSNorm(4), torch.randn(6, 5, 2, 4).transpose(1, 2)
+    want = layer(x)
+    tracker = track(layer)
+    with tracker.batch(IDS):
+        got = layer(x)
+    assert got.stride() == want.stride() and torch.equal(got, want)
+
+
+def test_a_group_norm_has_no_rows_of_tokens() -> None:
+    """Channels as many as tokens."""
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.Linear(3, 3))
+    tracker = track(model)
+    with tracker.batch(torch.zeros(4, 8, dtype=torch.int64)):
+        model(torch.randn(4, 8, 3)).square().mean().backward()
+    tracker.step()
+    assert "0.weight" in tracker.coverage().unattributed and "1.weight" in tracker.coverage().attributed
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_and_run_before_it_was_tracked() -> None:
+    model = make()
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(torch.randn(6, 4)).sum().backward()
+    model.zero_grad()
+    tracker = track(model)
+    for _ in range(2):
+        with tracker.batch(IDS):
+            compiled(torch.randn(6, 4)).square().mean().backward()
+        tracker.step()
+        assert tracker.report().valid
+        model.zero_grad()
+    assert tracker.coverage().fraction == 1
+
+
+def test_lazy_modules_are_to_be_run_once() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="run it once"):
+        track(model)
+    model(torch.randn(6, 3))
+    track(model)
