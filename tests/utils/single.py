@@ -13,8 +13,10 @@ def one_step(tracker: tg.TaskGradTracker, seed: int = 0, scale: float = 1.0) -> 
     first = next(m for m in tracker.model.modules() if isinstance(m, torch.nn.Linear))
     x = scale * torch.randn(2 * count, first.in_features, generator=generator)
     tracker.model.zero_grad()
-    with tracker.batch(torch.arange(2 * count) % count):
-        tracker.model(x).square().mean().backward()
+    with tracker.batch(torch.arange(2 * count) % count) as batch:
+        losses = tracker.model(x).square().flatten(1).mean(1)
+        batch.losses(losses)
+        losses.mean().backward()
     with torch.no_grad():
         for p in tracker.model.parameters():
             if p.grad is not None:
