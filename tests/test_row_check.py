@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict, UserDict, defaultdict, deque
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import taskgrad as tg
+from taskgrad.moves import rebuild
 from taskgrad.trial import MIXED, SHIFTED, SHUFFLED, STUCK
 from tests.utils.zoo.base import SEQ, VOCAB, WIDTH
 from tests.utils.zoo.sequence import GPT, Block
@@ -360,7 +364,7 @@ UNTELLING: dict[str, tuple[Any, Callable[[Any], Tensor], int, str]] = {
     "one example": (floats(1), lambda b: b, 1, "differ"),
     "equal rows": (floats(1).expand(6, 7), lambda b: b, 6, "differ"),
     "ragged": ([torch.randn(n, 7) for n in (2, 4, 3)], torch.cat, 9, "leading dimension"),
-    "an object": (Opaque(floats()), lambda b: b.x, 6, "leading dimension"),
+    "no tensor": (6, lambda b: torch.randn(b, 7), 6, "leading dimension"),
     "rows of another number": (torch.randn(12, 7), lambda b: b, 6, "leading dimension"),
 }
 
@@ -389,6 +393,156 @@ def test_an_input_that_can_be_read_only_once_is_read_by_training() -> None:
     tracker = tg.track(model, TASKS)
     coverage = step(tracker, model, iter([floats()]), ids=torch.arange(6) % 2)
     assert coverage.unverified is not None and "only once" in coverage.unverified
+
+
+class Sequences(MutableMapping[str, Any]):
+    """Somebody's own mapping: a shallow copy shares the store."""
+
+    def __init__(self, **store: Any) -> None:
+        self.store = store
+
+    def __getitem__(self, key: str) -> Any:
+        return self.store[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.store[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.store[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.store)
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+
+class Locked:
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.lock = x, threading.Lock()
+
+
+class Single(Locked):
+    def __deepcopy__(self, memo: Any) -> Single:
+        return self
+
+
+UNMOVABLE: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "an object": (Opaque, lambda b: b.x),
+    "an object in a dict": (lambda x: {"x": [Opaque(x)]}, lambda b: b["x"][0].x),
+    "a mapping of somebody's own": (lambda x: Sequences(x=x), lambda b: b["x"]),
+    "an object with a lock": (Locked, lambda b: b.x),
+    "an object that is not copied": (Single, lambda b: b.x),
+    "a set": (lambda x: {x}, lambda b: next(iter(b))),
+    "a file": (lambda x: {"x": x, "file": open(__file__)}, lambda b: (b["file"].read(1), b["file"].close(), b["x"])[2]),  # noqa: SIM115
+    "a generator": (lambda x: {"x": (t for t in [x])}, lambda b: next(b["x"])),
+    "a layer": (lambda x: {"x": x, "norm": nn.BatchNorm1d(7)}, lambda b: b["norm"](b["x"])),
+    "a method of a layer": (lambda x: {"x": x, "norm": nn.BatchNorm1d(7).forward}, lambda b: b["norm"](b["x"])),
+    "an object with a graph": (lambda x: Opaque(x.requires_grad_() * 1), lambda b: b.x),
+}
+
+
+@pytest.mark.parametrize("form", UNMOVABLE)
+def test_what_cannot_be_copied_is_not_handed_to_a_pass(form: str) -> None:
+    make, get = UNMOVABLE[form]
+    x = floats()
+    batch = make(x.clone())
+    model = Counting(lambda b: taken.append(get(b)) or taken[-1])  # type: ignore[func-returns-value]
+    taken: list[Tensor] = []
+    tracker = tg.track(model, TASKS)
+    Counting.calls = 0
+    coverage = step(tracker, model, batch, ids=torch.arange(6) % 2)
+    assert Counting.calls == 1 and len(taken) == 1 and not coverage.verified
+    assert coverage.unverified is not None and "an input of type" in coverage.unverified
+    assert form.endswith("layer") or torch.equal(taken[0], x)
+
+
+def test_a_cache_of_keys_is_not_used_up() -> None:
+    """transformers' cache grows with every call; with a graph it cannot be copied deeply."""
+    from transformers import DynamicCache
+
+    class Cached(Counting):
+        def forward(self, x: Tensor, cache: Any) -> Tensor:  # type: ignore[override]
+            out = self.first(x)
+            keys, _ = cache.update(out[:, None, None], out[:, None, None], 0)
+            return self.second(keys.mean((1, 2)))
+
+    for graph in (False, True):
+        cache, states = DynamicCache(), torch.randn(6, 1, 2, WIDTH, requires_grad=graph) * 1
+        cache.update(states, states, 0)
+        model = Cached()
+        first_batch(model, floats(), cache)
+        assert cache.get_seq_length() == 3
+
+
+class Counted(list[Any]):
+    """A list and a dict that do more than hold."""
+
+    def append(self, value: Any) -> None:
+        raise AssertionError
+
+    extend = append
+
+
+class Strict(dict[str, Any]):
+    opened = 0
+
+    def __init__(self, **items: Any) -> None:
+        super().__init__(**items)
+        self.x = items["x"]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise AssertionError
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    name: str = ""
+
+
+@dataclass
+class Slotted:
+    __slots__ = ("x",)
+    x: Tensor
+
+
+@pytest.mark.parametrize(
+    ("make", "get"),
+    [
+        (lambda x: Counted([x]), lambda b: b[0]),
+        (lambda x: Strict(x=x), lambda b: b["x"]),
+        (lambda x: Strict(x=x), lambda b: b.x),
+        (lambda x: defaultdict(list, x=x), lambda b: b["x"]),
+        (lambda x: OrderedDict(x=x), lambda b: b["x"]),
+        (lambda x: deque([x]), lambda b: b[0]),
+        (lambda x: UserDict({"x": x}), lambda b: b["x"]),
+        (Pair, lambda b: b.x),
+        (Slotted, lambda b: b.x),
+        (lambda x: modeling_outputs().BaseModelOutput(last_hidden_state=x), lambda b: b.last_hidden_state),
+        (lambda x: modeling_outputs().BaseModelOutput(last_hidden_state=x), lambda b: b[0]),
+    ],
+    ids=["list", "dict", "dict's attribute", "defaultdict", "OrderedDict", "deque", "UserDict", "NamedTuple", "slots",
+         "ModelOutput", "ModelOutput by index"],
+)  # fmt: skip
+def test_subclasses_of_what_holds_are_rebuilt(make: Callable[[Tensor], Any], get: Callable[[Any], Tensor]) -> None:
+    x = floats()
+    for wrong in (False, True):
+        batch = make(x)
+        tracker = first_batch_quietly(Reads(get, wrong), batch, ids=torch.arange(6) % 2)
+        assert tracker.coverage().verified and set(failing(tracker)) == ({"inner"} if wrong else set())
+        assert get(batch) is x
+
+
+def modeling_outputs() -> Any:
+    return importlib.import_module("transformers.modeling_outputs")
+
+
+def test_one_object_twice_in_an_input_is_one_in_the_copy() -> None:
+    x = floats()
+    both: dict[str, Any] = {"x": x, "y": [x]}
+    both["self"] = both
+    new = rebuild(both, Tensor.clone)
+    assert new["x"] is new["y"][0] is not x and new["self"] is new and torch.equal(new["x"], x)
 
 
 def test_padding_free_rows_are_not_verified_by_one_row() -> None:
