@@ -59,7 +59,7 @@ class TaskGradTracker:
         self._probes = Probes(model, self._batches, len(self.tasks), width, SKETCH_SEED, include, not accumulate)
         try:
             self._root = RootHooks(model, lambda args, kwargs: None, lambda args, kwargs, out: without_shared_rows(out))
-            self._row_check = RowCheck(model, self._batches, self._probes.sites, enabled=verify)
+            self._row_check = RowCheck(model, self._batches, self._probes.sites, verify, process_group)
             self._steps = Steps(
                 self.tasks,
                 self._probes,
