@@ -6,6 +6,8 @@ import copy
 import gc
 import pickle
 import random
+import subprocess
+import sys
 import weakref
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Callable
@@ -527,3 +529,24 @@ def test_a_copy_made_inside_the_batch_is_not_checked(way: Callable[[nn.Module], 
         assert tracker._row_check._trial is None
         model(torch.randn(6, 7))
     assert tracker.coverage().verified
+
+
+def test_a_pickle_made_inside_the_batch_needs_no_taskgrad(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(7, 8), nn.Linear(8, 2))
+    tracker = tg.track(model, ["a", "b"])
+    with tracker.batch(IDS):
+        torch.save(model, tmp_path / "model.pt")
+        (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
+    code = """if True:
+        import pickle, sys, torch
+        sys.modules["taskgrad"] = None
+        for model in (torch.load("model.pt", weights_only=False), pickle.load(open("model.pkl", "rb"))):
+            assert model(torch.ones(3, 7)).shape == (3, 2) and model._forward_hooks
+        """
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    x = torch.randn(6, 7)
+    again = tg.track(loaded, ["a", "b"])
+    with again.batch(IDS):
+        assert torch.equal(loaded(x), model(x))
+    assert again.coverage().verified

@@ -13,11 +13,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import taskgrad as tg
 from taskgrad.moves import rebuild
 from taskgrad.trial import MIXED, SHIFTED, SHUFFLED, STUCK
+from taskgrad.unchecked import Unchecked
+from taskgrad.verify import LATE, LAZY, TRACED
 from tests.utils.zoo.base import SEQ, VOCAB, WIDTH
 from tests.utils.zoo.sequence import GPT, Block
 
@@ -692,6 +696,241 @@ def test_hooks_that_change_the_input_run_once_a_forward() -> None:
     model.register_forward_pre_hook(lambda module, args: (seen.append(args[0]), (args[0][:, :7],))[1])
     tracker = first_batch(model, floats(6, 9))
     assert len(seen) == 1 and tracker.coverage().verified and not failing(tracker)
+
+
+# -- layers that are first called later --------------------------------------------------------------------------------
+
+
+class Late(Counting):
+    """A layer on rows of its own making only where the batch is as long as the sequence: ``position``; and one that
+    works on the rows of the batch only if told: ``extra``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position, self.extra = nn.Embedding(20, 7), nn.Linear(7, 7)
+
+    def forward(self, batch: Tensor, extra: bool = False) -> Tensor:
+        x = batch
+        if len(x) == 5:
+            x = x + self.position(torch.arange(x.shape[1])).mean(0)
+        return super().forward(self.extra(x) if extra else x)
+
+
+def late_tracker() -> tuple[tg.TaskGradTracker, Late]:
+    model = Late()
+    tracker = tg.track(model, TASKS)
+    passes(tracker, model, floats(6, 5, 7))
+    assert tracker.coverage().verified
+    return tracker, model
+
+
+def passes(tracker: tg.TaskGradTracker, model: Counting, *args: Any) -> int:
+    """How often the model was called for one batch."""
+    Counting.calls = type(model).calls = 0
+    step(tracker, model, *args)
+    return type(model).calls
+
+
+def test_a_layer_that_is_called_later_is_checked_then() -> None:
+    tracker, model = late_tracker()
+    assert passes(tracker, model, floats(4, 5, 7)) == 1 and tracker.coverage().verified
+    assert passes(tracker, model, floats(4, 5, 7), True) == 1
+    unverified = tracker.coverage().unverified
+    assert unverified is not None and LATE in unverified and "extra" in unverified and "position" not in unverified
+    assert passes(tracker, model, floats(4, 5, 7), True) == 3
+    assert tracker.coverage().verified and not failing(tracker)
+    assert passes(tracker, model, floats(4, 5, 7), True) == 1
+    assert type(model.extra).forward and not any(isinstance(s.capture, Unchecked) and s.name == "extra"
+                                                 for s in tracker._row_check.sites)  # fmt: skip
+
+
+def test_a_layer_that_is_called_later_on_other_rows_is_left_out() -> None:
+    tracker, model = late_tracker()
+    step(tracker, model, floats(5, 5, 7))
+    assert not tracker.coverage().verified
+    with pytest.warns(UserWarning, match="position"):
+        assert passes(tracker, model, floats(5, 5, 7)) == 3
+    coverage = tracker.coverage()
+    assert coverage.verified and failing(tracker) == {"position": STUCK}
+    assert STUCK in coverage.unattributed["position.weight"]
+
+
+def test_a_layer_that_is_called_once_and_cannot_be_told_is_left_out() -> None:
+    tracker, model = late_tracker()
+    step(tracker, model, floats(5, 5, 7))
+    for number in range(3):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert passes(tracker, model, floats(4, 5, 7)) == 3
+        assert ["position" in str(w.message) for w in caught] == [True] * (number == 2)
+    assert tracker.coverage().verified and LATE in tracker.coverage().unattributed["position.weight"]
+    # there are no more tries: what comes later still is left out as it comes
+    with pytest.warns(UserWarning, match="extra"):
+        assert passes(tracker, model, floats(4, 5, 7), True) == 1
+    assert LATE in tracker.coverage().unattributed["extra.weight"] and tracker.coverage().verified
+    assert passes(tracker, model, floats(5, 5, 7), True) == 1
+
+
+def test_a_layer_that_is_called_with_gradients_only_cannot_be_told() -> None:
+    class Graph(Counting):
+        def forward(self, batch: Tensor) -> Tensor:
+            out = super().forward(batch)
+            return out + self.extra(batch).mean() if torch.is_grad_enabled() else out
+
+    model = Graph()
+    model.extra = nn.Linear(7, WIDTH)
+    tracker = first_batch(model, floats())
+    assert not tracker.coverage().verified
+    with pytest.warns(UserWarning, match="extra"):
+        for _ in range(3):
+            step(tracker, model, floats())
+    assert LATE in tracker.coverage().unattributed["extra.weight"] and not step(tracker, model, floats()).unverified
+
+
+def test_gathered_rows_have_ids_of_their_own() -> None:
+    class Gathers(Counting):
+        def forward(self, batch: Tensor) -> Tensor:
+            with tracker.rows(torch.arange(len(batch))[1:] % 2):
+                gathered = self.extra(batch[1:]).mean()
+            return super().forward(batch) + gathered
+
+    model = Gathers()
+    model.extra = nn.Linear(7, 2)
+    tracker = tg.track(model, TASKS)
+    for number in range(3):
+        assert passes(tracker, model, floats()) == (1 if number else 3)
+        assert tracker.coverage().verified
+    assert "extra.weight" not in tracker._probes.reasons
+
+
+def test_late_layers_by_hand_and_without_automatic_checks() -> None:
+    model = Late()
+    tracker = tg.track(model, TASKS, verify=False)
+    with tracker.batch(torch.arange(4) % 2):
+        assert tracker.verify(floats(4, 5, 7)).verified
+        model(floats(4, 5, 7), True)
+    for _ in range(5):
+        assert passes(tracker, model, floats(4, 5, 7), True) == 1
+    assert LATE in str(tracker.coverage().unverified) and "extra.weight" not in tracker._probes.reasons
+    with tracker.batch(torch.arange(4) % 2):
+        assert tracker.verify(floats(4, 5, 7), True).verified
+
+
+@pytest.mark.filterwarnings("ignore:.*no tracked forward")
+def test_a_state_knows_which_layers_a_step_has_used() -> None:
+    model = Late()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    tracker = tg.track(model, TASKS, optimizer)
+
+    def train(tracker: tg.TaskGradTracker, *args: Any) -> int:
+        Late.calls = 0
+        optimizer.zero_grad()
+        with tracker.batch(torch.arange(4) % 2):
+            model(*args).sum().backward()
+        optimizer.step()
+        return Late.calls
+
+    assert train(tracker, floats(4, 5, 7)) == 3
+    for late in (False, True):
+        if late:
+            train(tracker, floats(4, 5, 7), True)  # not checked yet
+        state = tracker.state_dict()
+        assert state["verified"] is not late
+        tracker.remove()
+        tracker = tg.track(model, TASKS, optimizer)
+        tracker.load_state_dict(state)
+        assert train(tracker, floats(4, 5, 7), late) == (3 if late else 1)
+        assert tracker.coverage().verified
+
+
+def test_ranks_agree_on_more_tries() -> None:
+    """Two ranks, of which one calls the layer: both try again, as often."""
+    pairs = [late_tracker() for _ in range(2)]
+    checks = [tracker._row_check for tracker, _ in pairs]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("taskgrad.verify.world_size", lambda group: 2)
+        for number in range(6):
+            wants = [check.due for check in checks]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                calls = [passes(tracker, model, floats(5 if rank == number == 0 else 4, 5, 7))
+                         for rank, (tracker, model) in enumerate(pairs)]  # fmt: skip
+            assert calls == [3 if want else 1 for want in wants] and wants == [1 <= number <= 3] * 2
+            together = [any(flags) for flags in zip(*(check.standing for check in checks), strict=True)]
+            for check in checks:
+                check.agree(together)
+    assert [set(check.failing) for check in checks] == [{"position"}, set()]
+
+
+# -- what is not to be looked at ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda m, x: make_fx(m)(x),
+        lambda m, x: torch.export.export(m, (x,)),
+        lambda m, x: torch.fx.symbolic_trace(m),
+    ],
+    ids=["make_fx", "export", "fx"],
+)
+def test_a_model_that_is_traced_is_not_tried(look: Callable[[nn.Module, Tensor], object]) -> None:
+    model = dropout(0.0)
+    tracker = tg.track(model, TASKS)
+    with tracker.batch(torch.arange(6) % 2):
+        look(model, floats())
+        assert tracker._row_check.attempts == 0 and not tracker._row_check._tried
+        model(floats())
+    assert tracker.coverage().verified
+
+
+def test_passes_are_not_counted_by_a_mode_of_the_users() -> None:
+    model = Counting()
+    tracker = tg.track(model, TASKS)
+    with tracker.batch(torch.arange(6) % 2), FlopCounterMode(display=False) as counter:
+        model(floats())
+    assert counter.get_total_flops() == 2 * 6 * (7 * WIDTH + WIDTH * 2)
+    assert tracker.coverage().unverified == TRACED and step(tracker, model, floats()).verified
+
+
+def test_lazy_parameters_come_first() -> None:
+    model = nn.Sequential(nn.Linear(7, 8), nn.LazyBatchNorm1d(), nn.LazyLinear(2))
+    tracker = tg.track(model, TASKS, include=lambda name, module: name == "0")
+    with tracker.batch(torch.arange(6) % 2):
+        model(floats()).sum().backward()
+    assert [type(m) for m in model] == [nn.Linear, nn.BatchNorm1d, nn.Linear]
+    assert tracker.coverage().unverified == LAZY and model[1].num_batches_tracked == 1
+    assert step(tracker, model, floats()).verified
+
+
+@pytest.mark.parametrize("place", ["row_sums", "Snapshot", "Trial.verdict", "example_moves", "batch_norm_trains"])
+def test_what_goes_wrong_in_the_check_does_not_reach_the_forward(place: str) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("of the check's own")
+
+    model = Counting()
+    tracker = tg.track(model, TASKS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"taskgrad.{'fingerprint' if place == 'row_sums' else 'verify'}.{place}", fails)
+        coverage = step(tracker, model, floats())
+    assert coverage.unverified is not None and "of the check's own" in coverage.unverified
+    assert step(tracker, model, floats()).verified
+
+
+def test_evaluation_in_inference_mode_is_not_a_try() -> None:
+    model = Counting()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with torch.inference_mode():
+        tracker = tg.track(model, TASKS, optimizer)
+    for _ in range(2):
+        with torch.inference_mode(), tracker.batch(torch.arange(6) % 2) as batch:
+            batch.losses(model(floats()).square().mean(1))
+        with tracker.batch(torch.arange(6) % 2):
+            model(floats()).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert tracker.report().valid and tracker.coverage().verified
+        model.double().float()
 
 
 # -- when it runs ------------------------------------------------------------------------------------------------------
