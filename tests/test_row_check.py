@@ -8,8 +8,10 @@ import warnings
 from collections import OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -479,6 +481,10 @@ def test_a_cache_of_keys_is_not_used_up() -> None:
         assert cache.get_seq_length() == 3
 
 
+class Form(Enum):
+    ONE = 1
+
+
 class Counted(list[Any]):
     """A list and a dict that do more than hold."""
 
@@ -801,6 +807,45 @@ def test_gathered_rows_have_ids_of_their_own() -> None:
         assert passes(tracker, model, floats()) == (1 if number else 3)
         assert tracker.coverage().verified
     assert "extra.weight" not in tracker._probes.reasons
+
+
+@pytest.mark.parametrize("part", [True, False])
+def test_a_layer_called_later_in_what_is_compiled(part: bool) -> None:
+    torch._dynamo.reset()
+    model = Late()
+    tracker = tg.track(model, TASKS)
+    step(tracker, model, floats(4, 5, 7))
+    call: Callable[..., Tensor] = model
+    if part:
+        model.extra.compile(backend="aot_eager", fullgraph=True)
+    else:
+        call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(5):
+            with tracker.batch(torch.arange(4) % 2):
+                call(floats(4, 5, 7), True).sum().backward()
+            unverified = tracker.coverage().unverified
+            assert (unverified is not None and "extra" in unverified) == (number == 0 or (number < 3 and not part))
+    # where the whole is compiled, nothing can be told
+    assert ("extra.weight" in tracker._probes.reasons) is not part
+    assert any("extra" in str(w.message) for w in caught) is not part
+
+
+def test_inputs_that_hold_no_rows_are_copied_or_are_what_they_are() -> None:
+    class Takes(Counting):
+        def forward(self, batch: Tensor, more: Any) -> Tensor:  # type: ignore[override]
+            torch.rand(1, generator=more["generator"])
+            return super().forward(batch)
+
+    more = {"generator": torch.Generator().manual_seed(3), "type": Sample, "module": torch, "function": len,
+            "none": None, "dtype": torch.int8, "device": torch.device("cpu"), "size": torch.Size([2]), "slice": slice(1, 2),
+            "array": np.arange(3), "form": Form.ONE, "bytes": bytearray(b"x")}  # fmt: skip
+    tracker = first_batch(Takes(), floats(), more)
+    assert tracker.coverage().verified
+    twin = torch.Generator().manual_seed(3)
+    torch.rand(1, generator=twin)
+    assert torch.equal(twin.get_state(), more["generator"].get_state())
 
 
 def test_late_layers_by_hand_and_without_automatic_checks() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import dataclasses
+import types
 from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -147,9 +148,13 @@ class _Rebuilding:
     def __call__(self, value: Any) -> Any:
         if id(value) in self._done:
             return self._done[id(value)][1]
+        if isinstance(value, (type, types.ModuleType)):
+            return value
         if isinstance(value, (nn.Module, Iterator)):
             what = "is a module" if isinstance(value, nn.Module) else "can be read only once"
             raise Unmovable(f"an input of type {type(value).__name__} {what}")
+        if isinstance(value, torch.Generator):
+            return self._note(value, copy.deepcopy(value))
         if isinstance(value, Tensor):
             return self._note(value, self._change(value))
         kind = type(value)
@@ -159,7 +164,7 @@ class _Rebuilding:
             return self._node(value)
         base = next((base for base in _BASES if isinstance(value, base)), None)
         if base is not None or isinstance(value, UserDict) or dataclasses.is_dataclass(value):
-            return value if isinstance(value, type) else self._object(value, base or object)
+            return self._object(value, base or object)
         return self._copy(value)
 
     def _note(self, value: Any, new: Any) -> Any:

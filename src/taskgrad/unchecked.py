@@ -26,7 +26,7 @@ class Unchecked(Capture):
 
     def forward(self, module: nn.Module, rows: Rows, probes: Mapping[str, Probe], *args: Any, **kwargs: Any) -> Tensor:
         out = self.capture.forward(module, rows, probes, *args, **kwargs)
-        if not torch.compiler.is_compiling() and not in_backward():
+        if torch.compiler.is_compiling() or not in_backward():
             self.note()
         return out
 
