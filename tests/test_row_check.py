@@ -839,8 +839,8 @@ def test_inputs_that_hold_no_rows_are_copied_or_are_what_they_are() -> None:
             return super().forward(batch)
 
     more = {"generator": torch.Generator().manual_seed(3), "type": Sample, "module": torch, "function": len,
-            "none": None, "dtype": torch.int8, "device": torch.device("cpu"), "size": torch.Size([2]), "slice": slice(1, 2),
-            "array": np.arange(3), "form": Form.ONE, "bytes": bytearray(b"x")}  # fmt: skip
+            "none": None, "dtype": torch.int8, "device": torch.device("cpu"), "size": torch.Size([2]),
+            "slice": slice(1, 2), "array": np.arange(3), "form": Form.ONE, "bytes": bytearray(b"x")}  # fmt: skip
     tracker = first_batch(Takes(), floats(), more)
     assert tracker.coverage().verified
     twin = torch.Generator().manual_seed(3)
@@ -905,6 +905,9 @@ def test_ranks_agree_on_more_tries() -> None:
             for check in checks:
                 check.agree(together)
     assert [set(check.failing) for check in checks] == [{"position"}, set()]
+    behind = tg.track(Late(), TASKS)._row_check  # verified by what another rank saw
+    behind.agree([True, True, True, False, False, True, False, False])
+    assert behind.due and (behind.attempts, behind.more) == (1, 1) and behind.reason is None
 
 
 # -- what is not to be looked at ---------------------------------------------------------------------------------------

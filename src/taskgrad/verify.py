@@ -124,18 +124,18 @@ class RowCheck:
 
     @property
     def standing(self) -> list[bool]:
-        """What ranks tell each other: whether it is verified, whether a 1st, 2nd, ... try was made, whether more are
-        wanted, and made."""
+        """What ranks tell each other: whether it is verified, whether some layer is late, whether a 1st, 2nd, ... try
+        was made, and a 1st, 2nd, ... for late layers."""
         tries = [count > n for count in (self.attempts, self.more) for n in range(TRIES)]
         return [self.verified, bool(self.late), *tries]
 
     def agree(self, standing: Sequence[bool]) -> None:
         """Go on where all ranks stand: ``standing`` of any of them. What failed on one rank is left out on all by the
         step itself."""
-        verified, self.wanted, *tries = standing
-        self.attempts, self.more = sum(tries[:TRIES]), sum(tries[TRIES:])
+        verified, wanted, *tries = standing
         if verified and not self.verified:
             self.resume(True)
+        self.wanted, self.attempts, self.more = wanted, sum(tries[:TRIES]), sum(tries[TRIES:])
 
     def resume(self, verified: bool) -> None:
         """Whether it was verified before: then of the layers whose parameters a step has used."""
@@ -150,13 +150,13 @@ class RowCheck:
     def _checked(self, names: Collection[str]) -> None:
         """The rows of these layers have been seen; calls of the others that were not yet are noted from now on."""
         self.late -= set(names)
-        for site in self.sites:
-            unchecked = isinstance(site.capture, Unchecked)
-            if site.name in names or site.reason is not None:
-                site.capture = site.capture.capture if isinstance(site.capture, Unchecked) else site.capture
-            elif not unchecked and site.name not in self._known:
-                site.capture = Unchecked(site.capture, partial(self._note, site.name))
         self._known.update(names)
+        for site in self.sites:
+            known = site.name in self._known
+            if isinstance(site.capture, Unchecked):
+                site.capture = site.capture.capture if known else site.capture
+            elif not known:
+                site.capture = Unchecked(site.capture, partial(self._note, site.name))
 
     def _note(self, name: str) -> None:
         if not self.owner.regrouped:  # else the ids were given for these very rows
