@@ -932,6 +932,27 @@ def test_a_model_that_is_traced_is_not_tried(look: Callable[[nn.Module, Tensor],
     assert tracker.coverage().verified
 
 
+def test_a_part_that_is_traced_in_the_forward_is_not_looked_at() -> None:
+    class Tracing(Counting):
+        traced: list[Any]
+
+        def forward(self, batch: Tensor) -> Tensor:
+            out = self.second(self.first(batch))
+            if not self.traced and torch.is_grad_enabled():
+                with torch.no_grad():
+                    self.traced.append(torch.jit.trace(self.second, self.first(batch)))
+            return out
+
+    model = Tracing()
+    model.traced = []
+    tracker = tg.track(model, TASKS)
+    with tracker.batch(torch.arange(6) % 2):
+        with torch.no_grad():
+            torch.jit.trace(model, floats())
+        model(floats())
+    assert tracker.coverage().verified and not failing(tracker) and len(model.traced) == 1
+
+
 def test_passes_are_not_counted_by_a_mode_of_the_users() -> None:
     model = Counting()
     tracker = tg.track(model, TASKS)

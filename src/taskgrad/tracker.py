@@ -295,9 +295,9 @@ def track(
         loss_scale: the GradScaler (or a scalar tensor) the loss is multiplied with.
         verify: check the rows of every layer on the first tracked batch (two more forward passes without gradients,
             two more with an id per token, one more where BatchNorm trains or parts are compiled; on the second and
-            third batch too where one could not tell, and on three more at most where layers are first called later), and on some steps that the tasks' gradients add up to
-            ``param.grad``. A pass leaves the model and the random states as they were, as far as
-            ``taskgrad.isolation.Snapshot`` says.
+            third batch too where one could not tell, and on three more at most where layers are first called later),
+            and on some steps that the tasks' gradients add up to ``param.grad``. A pass leaves the model and the random
+            states as they were, as far as ``taskgrad.isolation.Snapshot`` says.
         process_group: the ranks whose gradients are averaged (DistributedDataParallel); ``None`` for the default group.
         include: ``include(name, module)`` says whether a module is tracked.
         accumulate: exact mode: keep the T gradients, so that they add up over uses of a weight and over micro-batches.
