@@ -932,6 +932,8 @@ def test_a_model_that_is_traced_is_not_tried(look: Callable[[nn.Module, Tensor],
     assert tracker.coverage().verified
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_part_that_is_traced_in_the_forward_is_not_looked_at() -> None:
     class Tracing(Counting):
         traced: list[Any]
