@@ -6,18 +6,24 @@ import copy
 import gc
 import pickle
 import random
+import subprocess
+import sys
 import weakref
-from collections import deque
+from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import taskgrad as tg
-from taskgrad.isolation import Snapshot, undisturbed
+from taskgrad.isolation import Snapshot, _own, undisturbed
 
 IDS = torch.arange(6) % 2
 
@@ -180,6 +186,158 @@ def test_passes_that_training_did_not_ask_for_did_nothing(name: str, how: str) -
             model(x)
             assert not torch.is_grad_enabled()
     assert same(picture(model), before)
+
+
+class Refuses(dict[str, int]):
+    def __setitem__(self, key: str, value: int) -> None:
+        raise AssertionError("not by this way")
+
+    update = clear = __setitem__  # type: ignore[assignment]
+
+
+class Converts(list[Any]):
+    def __iter__(self) -> Any:
+        return iter(["something else"])
+
+    extend = append = clear = lambda self, *args: None  # type: ignore[assignment]
+
+
+class Frozen(set[Any]):
+    add = update = clear = lambda self, *args: None  # type: ignore[assignment]
+
+
+def refilled(value: UserDict[str, int]) -> None:
+    value.data = {"other": 1}
+
+
+HOLD: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+    "Counter": (lambda: Counter("aab"), lambda c: c.update("abc")),
+    "Counter of pairs": (lambda: Counter({(1, 2): 3}), lambda c: c.update([(1, 2), (2, 1)])),
+    "defaultdict": (lambda: defaultdict(list, a=[1]), lambda d: d["new"]),
+    "OrderedDict": (lambda: OrderedDict(a=1, b=2), lambda d: d.move_to_end("a")),
+    "OrderedDict that shrinks": (lambda: OrderedDict(a=1, b=2), lambda d: d.popitem()),
+    "deque of a length": (lambda: deque([1, 2, 3], maxlen=3), lambda d: d.append(4)),
+    "UserDict": (lambda: UserDict(a=1), lambda d: d.update(a=2, b=3)),
+    "UserDict with other data": (lambda: UserDict(a=1), refilled),
+    "UserList": (lambda: UserList([1]), lambda d: d.append(2)),
+    "dict that refuses": (lambda: Refuses(a=1), lambda d: dict.__setitem__(d, "b", 2)),
+    "list that converts": (lambda: Converts([1, 2]), lambda c: list.append(c, 3)),
+    "set that refuses": (lambda: Frozen([1, 2]), lambda c: set.add(c, 3)),
+    "list, a pair in it": (lambda: [1, 2], lambda c: c.__setitem__(0, (1, 2))),
+    "array": (lambda: np.arange(4.0), lambda a: a.__iadd__(1)),
+    "array, not numbers": (lambda: np.array([np.nan, 1.0]), lambda a: a.fill(0)),
+    "array, every second": (lambda: np.zeros((4, 6))[::2, ::3], lambda a: a.fill(1)),
+    "array of text": (lambda: np.array(["a", "b"]), lambda a: a.__setitem__(0, "c")),
+    "array in a list": (lambda: [np.zeros(2)], lambda c: c[0].fill(1)),
+    "array in a UserDict": (lambda: UserDict(a=np.zeros(2)), lambda c: c["a"].fill(1)),
+    "scalar array": (lambda: np.array(1), lambda a: a.__iadd__(1)),
+}
+
+
+@pytest.mark.parametrize("name", HOLD)
+def test_containers_of_every_kind_and_arrays(name: str) -> None:
+    make, act = HOLD[name]
+    model = Does(lambda m: act(m.held))
+    model.held = held = make()
+    with undisturbed(model):
+        model(torch.randn(6, 7))
+        assert pickle.dumps(held) != pickle.dumps(make()) or "order" in name or "refuses" in name or "converts" in name
+    assert model.held is held and pickle.dumps(held) == pickle.dumps(make())
+    if isinstance(held, dict):
+        assert list(dict.items(held)) == list(dict.items(make())) and list(dict.keys(held)) == list(held)
+    wanted = make()
+    act(wanted)
+    tracker = tg.track(model, ["a", "b"])
+    with tracker.batch(IDS):
+        model(torch.randn(6, 7))
+    assert pickle.dumps(model.held) == pickle.dumps(wanted)
+    assert tracker.coverage().verified
+
+
+def test_arrays_that_cannot_have_been_written_are_not_copied(tmp_path: Path) -> None:
+    model = Does(lambda m: None)
+    np.save(tmp_path / "a.npy", np.arange(4.0))
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r+")
+    model.arrays = [np.frombuffer(b"1234", dtype=np.int8), mapped, mapped[1:].view(np.ndarray), np.array([object()])]
+    assert [_own(a) for a in model.arrays] == [False] * 4
+    with undisturbed(model):
+        model(torch.randn(6, 7))
+
+
+def test_a_module_that_changes_its_class() -> None:
+    class Other(Does):
+        pass
+
+    model = Does(lambda m: setattr(m, "__class__", Other))
+    with undisturbed(model):
+        model(torch.randn(6, 7))
+        assert type(model) is Other
+    assert type(model) is Does
+
+
+def test_parametrized_weights_that_are_kept() -> None:
+    """What ``cached`` keeps of a pass without gradients would keep training from the weight's gradient."""
+    gradients = []
+    for tracked in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(7, 8), nn.Linear(8, 2))
+        weight_norm(model[0])
+        spectral_norm(model[1])
+        x = torch.randn(6, 7)
+        tracker = tg.track(model, ["a", "b"]) if tracked else None
+        with tracker.batch(IDS) if tracker else nullcontext(), parametrize.cached():
+            used = model[1].weight
+            model(x).square().mean().backward()
+            assert model[1].weight is used and len(parametrize._cache) == 2
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(g is not None for found in gradients for g in found.values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize("scheme", [torch.per_tensor_affine, torch.per_channel_affine])
+def test_quantized_buffers_are_left_alone(scheme: torch.qscheme) -> None:
+    model = Does(lambda m: None)
+    if scheme is torch.per_tensor_affine:
+        model.register_buffer("table", torch.quantize_per_tensor(torch.randn(4), 0.1, 0, torch.qint8))
+    else:
+        model.table = torch.quantize_per_channel(torch.randn(2, 2), torch.ones(2), torch.zeros(2), 0, torch.qint8)
+    tracker = tg.track(model, ["a", "b"])
+    with tracker.batch(IDS):
+        model(torch.randn(6, 7))
+    assert tracker.coverage().verified
+
+
+def test_what_cannot_be_put_back_keeps_nothing_else_from_it() -> None:
+    class Key:
+        broken = False
+
+        def __hash__(self) -> int:
+            if self.broken:
+                raise KeyError("no hash")
+            return 1
+
+    def act(m: Does) -> None:
+        m.count.add_(1)
+        m.cache.clear()
+        key.broken = True
+
+    key = Key()
+    for tracked in (False, True):
+        key.broken = False
+        model = Does(act)
+        model.cache = {key: 1}
+        if tracked:
+            tracker = tg.track(model, ["a", "b"])
+            with tracker.batch(IDS):
+                model(torch.randn(6, 7))
+            unverified = tracker.coverage().unverified
+            assert model.count.tolist() == [1, 1, 1] and unverified is not None and "no hash" in unverified
+        else:
+            with pytest.raises(KeyError, match="no hash"), undisturbed(model):
+                model(torch.randn(6, 7))
+            assert model.count.tolist() == [0, 0, 0]
 
 
 def test_what_is_not_covered_is_what_the_docstring_says() -> None:
@@ -371,3 +529,24 @@ def test_a_copy_made_inside_the_batch_is_not_checked(way: Callable[[nn.Module], 
         assert tracker._row_check._trial is None
         model(torch.randn(6, 7))
     assert tracker.coverage().verified
+
+
+def test_a_pickle_made_inside_the_batch_needs_no_taskgrad(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(7, 8), nn.Linear(8, 2))
+    tracker = tg.track(model, ["a", "b"])
+    with tracker.batch(IDS):
+        torch.save(model, tmp_path / "model.pt")
+        (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
+    code = """if True:
+        import pickle, sys, torch
+        sys.modules["taskgrad"] = None
+        for model in (torch.load("model.pt", weights_only=False), pickle.load(open("model.pkl", "rb"))):
+            assert model(torch.ones(3, 7)).shape == (3, 2) and model._forward_hooks
+        """
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    x = torch.randn(6, 7)
+    again = tg.track(loaded, ["a", "b"])
+    with again.batch(IDS):
+        assert torch.equal(loaded(x), model(x))
+    assert again.coverage().verified

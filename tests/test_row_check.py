@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict, UserDict, defaultdict, deque
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import taskgrad as tg
+from taskgrad.moves import rebuild
 from taskgrad.trial import MIXED, SHIFTED, SHUFFLED, STUCK
+from taskgrad.unchecked import Unchecked
+from taskgrad.verify import LATE, LAZY, TRACED
 from tests.utils.zoo.base import SEQ, VOCAB, WIDTH
 from tests.utils.zoo.sequence import GPT, Block
 
@@ -360,7 +370,7 @@ UNTELLING: dict[str, tuple[Any, Callable[[Any], Tensor], int, str]] = {
     "one example": (floats(1), lambda b: b, 1, "differ"),
     "equal rows": (floats(1).expand(6, 7), lambda b: b, 6, "differ"),
     "ragged": ([torch.randn(n, 7) for n in (2, 4, 3)], torch.cat, 9, "leading dimension"),
-    "an object": (Opaque(floats()), lambda b: b.x, 6, "leading dimension"),
+    "no tensor": (6, lambda b: torch.randn(b, 7), 6, "leading dimension"),
     "rows of another number": (torch.randn(12, 7), lambda b: b, 6, "leading dimension"),
 }
 
@@ -389,6 +399,160 @@ def test_an_input_that_can_be_read_only_once_is_read_by_training() -> None:
     tracker = tg.track(model, TASKS)
     coverage = step(tracker, model, iter([floats()]), ids=torch.arange(6) % 2)
     assert coverage.unverified is not None and "only once" in coverage.unverified
+
+
+class Sequences(MutableMapping[str, Any]):
+    """Somebody's own mapping: a shallow copy shares the store."""
+
+    def __init__(self, **store: Any) -> None:
+        self.store = store
+
+    def __getitem__(self, key: str) -> Any:
+        return self.store[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.store[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.store[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.store)
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+
+class Locked:
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.lock = x, threading.Lock()
+
+
+class Single(Locked):
+    def __deepcopy__(self, memo: Any) -> Single:
+        return self
+
+
+UNMOVABLE: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "an object": (Opaque, lambda b: b.x),
+    "an object in a dict": (lambda x: {"x": [Opaque(x)]}, lambda b: b["x"][0].x),
+    "a mapping of somebody's own": (lambda x: Sequences(x=x), lambda b: b["x"]),
+    "an object with a lock": (Locked, lambda b: b.x),
+    "an object that is not copied": (Single, lambda b: b.x),
+    "a set": (lambda x: {x}, lambda b: next(iter(b))),
+    "a file": (lambda x: {"x": x, "file": open(__file__)}, lambda b: (b["file"].read(1), b["file"].close(), b["x"])[2]),  # noqa: SIM115
+    "a generator": (lambda x: {"x": (t for t in [x])}, lambda b: next(b["x"])),
+    "a layer": (lambda x: {"x": x, "norm": nn.BatchNorm1d(7)}, lambda b: b["norm"](b["x"])),
+    "a method of a layer": (lambda x: {"x": x, "norm": nn.BatchNorm1d(7).forward}, lambda b: b["norm"](b["x"])),
+    "an object with a graph": (lambda x: Opaque(x.requires_grad_() * 1), lambda b: b.x),
+}
+
+
+@pytest.mark.parametrize("form", UNMOVABLE)
+def test_what_cannot_be_copied_is_not_handed_to_a_pass(form: str) -> None:
+    make, get = UNMOVABLE[form]
+    x = floats()
+    batch = make(x.clone())
+    model = Counting(lambda b: taken.append(get(b)) or taken[-1])  # type: ignore[func-returns-value]
+    taken: list[Tensor] = []
+    tracker = tg.track(model, TASKS)
+    Counting.calls = 0
+    coverage = step(tracker, model, batch, ids=torch.arange(6) % 2)
+    assert Counting.calls == 1 and len(taken) == 1 and not coverage.verified
+    assert coverage.unverified is not None and "an input of type" in coverage.unverified
+    assert form.endswith("layer") or torch.equal(taken[0], x)
+
+
+def test_a_cache_of_keys_is_not_used_up() -> None:
+    """transformers' cache grows with every call; with a graph it cannot be copied deeply."""
+    from transformers import DynamicCache
+
+    class Cached(Counting):
+        def forward(self, x: Tensor, cache: Any) -> Tensor:  # type: ignore[override]
+            out = self.first(x)
+            keys, _ = cache.update(out[:, None, None], out[:, None, None], 0)
+            return self.second(keys.mean((1, 2)))
+
+    for graph in (False, True):
+        cache, states = DynamicCache(), torch.randn(6, 1, 2, WIDTH, requires_grad=graph) * 1
+        cache.update(states, states, 0)
+        model = Cached()
+        first_batch(model, floats(), cache)
+        assert cache.get_seq_length() == 3
+
+
+class Form(Enum):
+    ONE = 1
+
+
+class Counted(list[Any]):
+    """A list and a dict that do more than hold."""
+
+    def append(self, value: Any) -> None:
+        raise AssertionError
+
+    extend = append
+
+
+class Strict(dict[str, Any]):
+    opened = 0
+
+    def __init__(self, **items: Any) -> None:
+        super().__init__(**items)
+        self.x = items["x"]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise AssertionError
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    name: str = ""
+
+
+@dataclass
+class Slotted:
+    __slots__ = ("x",)
+    x: Tensor
+
+
+@pytest.mark.parametrize(
+    ("make", "get"),
+    [
+        (lambda x: Counted([x]), lambda b: b[0]),
+        (lambda x: Strict(x=x), lambda b: b["x"]),
+        (lambda x: Strict(x=x), lambda b: b.x),
+        (lambda x: defaultdict(list, x=x), lambda b: b["x"]),
+        (lambda x: OrderedDict(x=x), lambda b: b["x"]),
+        (lambda x: deque([x]), lambda b: b[0]),
+        (lambda x: UserDict({"x": x}), lambda b: b["x"]),
+        (Pair, lambda b: b.x),
+        (Slotted, lambda b: b.x),
+        (lambda x: modeling_outputs().BaseModelOutput(last_hidden_state=x), lambda b: b.last_hidden_state),
+        (lambda x: modeling_outputs().BaseModelOutput(last_hidden_state=x), lambda b: b[0]),
+    ],
+    ids=["list", "dict", "dict's attribute", "defaultdict", "OrderedDict", "deque", "UserDict", "NamedTuple", "slots",
+         "ModelOutput", "ModelOutput by index"],
+)  # fmt: skip
+def test_subclasses_of_what_holds_are_rebuilt(make: Callable[[Tensor], Any], get: Callable[[Any], Tensor]) -> None:
+    x = floats()
+    for wrong in (False, True):
+        batch = make(x)
+        tracker = first_batch_quietly(Reads(get, wrong), batch, ids=torch.arange(6) % 2)
+        assert tracker.coverage().verified and set(failing(tracker)) == ({"inner"} if wrong else set())
+        assert get(batch) is x
+
+
+def modeling_outputs() -> Any:
+    return importlib.import_module("transformers.modeling_outputs")
+
+
+def test_one_object_twice_in_an_input_is_one_in_the_copy() -> None:
+    x = floats()
+    both: dict[str, Any] = {"x": x, "y": [x]}
+    both["self"] = both
+    new = rebuild(both, Tensor.clone)
+    assert new["x"] is new["y"][0] is not x and new["self"] is new and torch.equal(new["x"], x)
 
 
 def test_padding_free_rows_are_not_verified_by_one_row() -> None:
@@ -450,7 +614,9 @@ def test_a_later_batch_that_cannot_tell_takes_nothing_back() -> None:
 
 
 def test_a_state_that_was_verified_is_not_checked_again() -> None:
-    tracker = first_batch(model := Counting(), floats())
+    tracker = tg.track(model := Counting(), TASKS)
+    with tracker.batch(torch.arange(6) % 2):
+        model(floats()).sum().backward()
     state = tracker.state_dict()
     tracker.remove()
     later = tg.track(model, TASKS)
@@ -536,6 +702,306 @@ def test_hooks_that_change_the_input_run_once_a_forward() -> None:
     model.register_forward_pre_hook(lambda module, args: (seen.append(args[0]), (args[0][:, :7],))[1])
     tracker = first_batch(model, floats(6, 9))
     assert len(seen) == 1 and tracker.coverage().verified and not failing(tracker)
+
+
+# -- layers that are first called later --------------------------------------------------------------------------------
+
+
+class Late(Counting):
+    """A layer on rows of its own making only where the batch is as long as the sequence: ``position``; and one that
+    works on the rows of the batch only if told: ``extra``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position, self.extra = nn.Embedding(20, 7), nn.Linear(7, 7)
+
+    def forward(self, batch: Tensor, extra: bool = False) -> Tensor:
+        x = batch
+        if len(x) == 5:
+            x = x + self.position(torch.arange(x.shape[1])).mean(0)
+        return super().forward(self.extra(x) if extra else x)
+
+
+def late_tracker() -> tuple[tg.TaskGradTracker, Late]:
+    model = Late()
+    tracker = tg.track(model, TASKS)
+    passes(tracker, model, floats(6, 5, 7))
+    assert tracker.coverage().verified
+    return tracker, model
+
+
+def passes(tracker: tg.TaskGradTracker, model: Counting, *args: Any) -> int:
+    """How often the model was called for one batch."""
+    Counting.calls = type(model).calls = 0
+    step(tracker, model, *args)
+    return type(model).calls
+
+
+def test_a_layer_that_is_called_later_is_checked_then() -> None:
+    tracker, model = late_tracker()
+    assert passes(tracker, model, floats(4, 5, 7)) == 1 and tracker.coverage().verified
+    assert passes(tracker, model, floats(4, 5, 7), True) == 1
+    unverified = tracker.coverage().unverified
+    assert unverified is not None and LATE in unverified and "extra" in unverified and "position" not in unverified
+    assert passes(tracker, model, floats(4, 5, 7), True) == 3
+    assert tracker.coverage().verified and not failing(tracker)
+    assert passes(tracker, model, floats(4, 5, 7), True) == 1
+    assert type(model.extra).forward and not any(isinstance(s.capture, Unchecked) and s.name == "extra"
+                                                 for s in tracker._row_check.sites)  # fmt: skip
+
+
+def test_a_layer_that_is_called_later_on_other_rows_is_left_out() -> None:
+    tracker, model = late_tracker()
+    step(tracker, model, floats(5, 5, 7))
+    assert not tracker.coverage().verified
+    with pytest.warns(UserWarning, match="position"):
+        assert passes(tracker, model, floats(5, 5, 7)) == 3
+    coverage = tracker.coverage()
+    assert coverage.verified and failing(tracker) == {"position": STUCK}
+    assert STUCK in coverage.unattributed["position.weight"]
+
+
+def test_a_layer_that_is_called_once_and_cannot_be_told_is_left_out() -> None:
+    tracker, model = late_tracker()
+    step(tracker, model, floats(5, 5, 7))
+    for number in range(3):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert passes(tracker, model, floats(4, 5, 7)) == 3
+        assert ["position" in str(w.message) for w in caught] == [True] * (number == 2)
+    assert tracker.coverage().verified and LATE in tracker.coverage().unattributed["position.weight"]
+    # there are no more tries: what comes later still is left out as it comes
+    with pytest.warns(UserWarning, match="extra"):
+        assert passes(tracker, model, floats(4, 5, 7), True) == 1
+    assert LATE in tracker.coverage().unattributed["extra.weight"] and tracker.coverage().verified
+    assert passes(tracker, model, floats(5, 5, 7), True) == 1
+
+
+def test_a_layer_that_is_called_with_gradients_only_cannot_be_told() -> None:
+    class Graph(Counting):
+        def forward(self, batch: Tensor) -> Tensor:
+            out = super().forward(batch)
+            return out + self.extra(batch).mean() if torch.is_grad_enabled() else out
+
+    model = Graph()
+    model.extra = nn.Linear(7, WIDTH)
+    tracker = first_batch(model, floats())
+    assert not tracker.coverage().verified
+    with pytest.warns(UserWarning, match="extra"):
+        for _ in range(3):
+            step(tracker, model, floats())
+    assert LATE in tracker.coverage().unattributed["extra.weight"] and not step(tracker, model, floats()).unverified
+
+
+def test_gathered_rows_have_ids_of_their_own() -> None:
+    class Gathers(Counting):
+        def forward(self, batch: Tensor) -> Tensor:
+            with tracker.rows(torch.arange(len(batch))[1:] % 2):
+                gathered = self.extra(batch[1:]).mean()
+            return super().forward(batch) + gathered
+
+    model = Gathers()
+    model.extra = nn.Linear(7, 2)
+    tracker = tg.track(model, TASKS)
+    for number in range(3):
+        assert passes(tracker, model, floats()) == (1 if number else 3)
+        assert tracker.coverage().verified
+    assert "extra.weight" not in tracker._probes.reasons
+
+
+@pytest.mark.parametrize("part", [True, False])
+def test_a_layer_called_later_in_what_is_compiled(part: bool) -> None:
+    torch._dynamo.reset()
+    model = Late()
+    tracker = tg.track(model, TASKS)
+    step(tracker, model, floats(4, 5, 7))
+    call: Callable[..., Tensor] = model
+    if part:
+        model.extra.compile(backend="aot_eager", fullgraph=True)
+    else:
+        call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(5):
+            with tracker.batch(torch.arange(4) % 2):
+                call(floats(4, 5, 7), True).sum().backward()
+            unverified = tracker.coverage().unverified
+            assert (unverified is not None and "extra" in unverified) == (number == 0 or (number < 3 and not part))
+    # where the whole is compiled, nothing can be told
+    assert ("extra.weight" in tracker._probes.reasons) is not part
+    assert any("extra" in str(w.message) for w in caught) is not part
+
+
+def test_inputs_that_hold_no_rows_are_copied_or_are_what_they_are() -> None:
+    class Takes(Counting):
+        def forward(self, batch: Tensor, more: Any) -> Tensor:  # type: ignore[override]
+            torch.rand(1, generator=more["generator"])
+            return super().forward(batch)
+
+    more = {"generator": torch.Generator().manual_seed(3), "type": Sample, "module": torch, "function": len,
+            "none": None, "dtype": torch.int8, "device": torch.device("cpu"), "size": torch.Size([2]),
+            "slice": slice(1, 2), "array": np.arange(3), "form": Form.ONE, "bytes": bytearray(b"x")}  # fmt: skip
+    tracker = first_batch(Takes(), floats(), more)
+    assert tracker.coverage().verified
+    twin = torch.Generator().manual_seed(3)
+    torch.rand(1, generator=twin)
+    assert torch.equal(twin.get_state(), more["generator"].get_state())
+
+
+def test_late_layers_by_hand_and_without_automatic_checks() -> None:
+    model = Late()
+    tracker = tg.track(model, TASKS, verify=False)
+    with tracker.batch(torch.arange(4) % 2):
+        assert tracker.verify(floats(4, 5, 7)).verified
+        model(floats(4, 5, 7), True)
+    for _ in range(5):
+        assert passes(tracker, model, floats(4, 5, 7), True) == 1
+    assert LATE in str(tracker.coverage().unverified) and "extra.weight" not in tracker._probes.reasons
+    with tracker.batch(torch.arange(4) % 2):
+        assert tracker.verify(floats(4, 5, 7), True).verified
+
+
+@pytest.mark.filterwarnings("ignore:.*no tracked forward")
+def test_a_state_knows_which_layers_a_step_has_used() -> None:
+    model = Late()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    tracker = tg.track(model, TASKS, optimizer)
+
+    def train(tracker: tg.TaskGradTracker, *args: Any) -> int:
+        Late.calls = 0
+        optimizer.zero_grad()
+        with tracker.batch(torch.arange(4) % 2):
+            model(*args).sum().backward()
+        optimizer.step()
+        return Late.calls
+
+    assert train(tracker, floats(4, 5, 7)) == 3
+    for late in (False, True):
+        if late:
+            train(tracker, floats(4, 5, 7), True)  # not checked yet
+        state = tracker.state_dict()
+        assert state["verified"] is not late
+        tracker.remove()
+        tracker = tg.track(model, TASKS, optimizer)
+        tracker.load_state_dict(state)
+        assert train(tracker, floats(4, 5, 7), late) == (3 if late else 1)
+        assert tracker.coverage().verified
+
+
+def test_ranks_agree_on_more_tries() -> None:
+    """Two ranks, of which one calls the layer: both try again, as often."""
+    pairs = [late_tracker() for _ in range(2)]
+    checks = [tracker._row_check for tracker, _ in pairs]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("taskgrad.verify.world_size", lambda group: 2)
+        for number in range(6):
+            wants = [check.due for check in checks]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                calls = [passes(tracker, model, floats(5 if rank == number == 0 else 4, 5, 7))
+                         for rank, (tracker, model) in enumerate(pairs)]  # fmt: skip
+            assert calls == [3 if want else 1 for want in wants] and wants == [1 <= number <= 3] * 2
+            together = [any(flags) for flags in zip(*(check.standing for check in checks), strict=True)]
+            for check in checks:
+                check.agree(together)
+    assert [set(check.failing) for check in checks] == [{"position"}, set()]
+    behind = tg.track(Late(), TASKS)._row_check  # verified by what another rank saw
+    behind.agree([True, True, True, False, False, True, False, False])
+    assert behind.due and (behind.attempts, behind.more) == (1, 1) and behind.reason is None
+
+
+# -- what is not to be looked at ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda m, x: make_fx(m)(x),
+        lambda m, x: torch.export.export(m, (x,)),
+        lambda m, x: torch.fx.symbolic_trace(m),
+    ],
+    ids=["make_fx", "export", "fx"],
+)
+def test_a_model_that_is_traced_is_not_tried(look: Callable[[nn.Module, Tensor], object]) -> None:
+    model = dropout(0.0)
+    tracker = tg.track(model, TASKS)
+    with tracker.batch(torch.arange(6) % 2):
+        look(model, floats())
+        assert tracker._row_check.attempts == 0 and not tracker._row_check._tried
+        model(floats())
+    assert tracker.coverage().verified
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_part_that_is_traced_in_the_forward_is_not_looked_at() -> None:
+    class Tracing(Counting):
+        traced: list[Any]
+
+        def forward(self, batch: Tensor) -> Tensor:
+            out = self.second(self.first(batch))
+            if not self.traced and torch.is_grad_enabled():
+                with torch.no_grad():
+                    self.traced.append(torch.jit.trace(self.second, self.first(batch)))
+            return out
+
+    model = Tracing()
+    model.traced = []
+    tracker = tg.track(model, TASKS)
+    with tracker.batch(torch.arange(6) % 2):
+        with torch.no_grad():
+            torch.jit.trace(model, floats())
+        model(floats())
+    assert tracker.coverage().verified and not failing(tracker) and len(model.traced) == 1
+
+
+def test_passes_are_not_counted_by_a_mode_of_the_users() -> None:
+    model = Counting()
+    tracker = tg.track(model, TASKS)
+    with tracker.batch(torch.arange(6) % 2), FlopCounterMode(display=False) as counter:
+        model(floats())
+    assert counter.get_total_flops() == 2 * 6 * (7 * WIDTH + WIDTH * 2)
+    assert tracker.coverage().unverified == TRACED and step(tracker, model, floats()).verified
+
+
+def test_lazy_parameters_come_first() -> None:
+    model = nn.Sequential(nn.Linear(7, 8), nn.LazyBatchNorm1d(), nn.LazyLinear(2))
+    tracker = tg.track(model, TASKS, include=lambda name, module: name == "0")
+    with tracker.batch(torch.arange(6) % 2):
+        model(floats()).sum().backward()
+    assert [type(m) for m in model] == [nn.Linear, nn.BatchNorm1d, nn.Linear]
+    assert tracker.coverage().unverified == LAZY and model[1].num_batches_tracked == 1
+    assert step(tracker, model, floats()).verified
+
+
+@pytest.mark.parametrize("place", ["row_sums", "Snapshot", "Trial.verdict", "example_moves", "batch_norm_trains"])
+def test_what_goes_wrong_in_the_check_does_not_reach_the_forward(place: str) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("of the check's own")
+
+    model = Counting()
+    tracker = tg.track(model, TASKS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"taskgrad.{'fingerprint' if place == 'row_sums' else 'verify'}.{place}", fails)
+        coverage = step(tracker, model, floats())
+    assert coverage.unverified is not None and "of the check's own" in coverage.unverified
+    assert step(tracker, model, floats()).verified
+
+
+def test_evaluation_in_inference_mode_is_not_a_try() -> None:
+    model = Counting()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with torch.inference_mode():
+        tracker = tg.track(model, TASKS, optimizer)
+    for _ in range(2):
+        with torch.inference_mode(), tracker.batch(torch.arange(6) % 2) as batch:
+            batch.losses(model(floats()).square().mean(1))
+        with tracker.batch(torch.arange(6) % 2):
+            model(floats()).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert tracker.report().valid and tracker.coverage().verified
+        model.double().float()
 
 
 # -- when it runs ------------------------------------------------------------------------------------------------------

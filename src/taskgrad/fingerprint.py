@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .accumulation import in_backward
 from .capture.site import Owner, Site
+from .tracing import traced
 
 FLOAT32 = 3e-5  # what rounding does to a row over a deep model whose sums over the batch change their order
 COARSER = 8  # units of rounding of coarser types; a layer's output differs by one
@@ -27,24 +28,29 @@ class Trace:
         rows: per (site, number of the call) the sums and the norms of the rows of the layer's first tensor, float64,
             [B], or [B, S] with ids per token.
         rounding: how far, relative to its norm, a row may go by rounding alone.
+        error: why some rows could not be summed.
     """
 
     def __init__(self, owner: Owner, shape: tuple[int, ...]) -> None:
         self.owner, self.shape = owner, shape
         self.rows: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self.rounding = FLOAT32
+        self.error: str | None = None
         self._calls: dict[str, int] = {}
 
     def __call__(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if in_backward():  # a recomputation: the forward has been seen
+        if in_backward() or traced():  # a recomputation: the forward has been seen
             return
         call = self._calls[site.name] = self._calls.get(site.name, -1) + 1
         x = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
         if x is None or self.owner.regrouped or x.layout is not torch.strided or x.is_nested or x.is_complex():
             return
         if x.shape[: len(self.shape)] == self.shape and x.numel():
-            self.rounding = max(self.rounding, _rounding(x))
-            self.rows[site.name, call] = row_sums(x, len(self.shape))
+            try:
+                self.rounding = max(self.rounding, _rounding(x))
+                self.rows[site.name, call] = row_sums(x, len(self.shape))
+            except Exception as error:  # no room, or a kind of tensor that has no such op: the forward goes on
+                self.error = f"the rows of {site.place} cannot be summed: {type(error).__name__}: {error}"
 
 
 def _rounding(x: Tensor) -> float:

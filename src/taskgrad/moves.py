@@ -7,13 +7,18 @@ BatchNorm, the mean of the batch) stays what it is. The choice is random, from a
 from __future__ import annotations
 
 import copy
+import copyreg
 import dataclasses
+import types
+from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import SUPPORTED_NODES
 
 from .fingerprint import row_sums
 
@@ -114,30 +119,101 @@ def apply(
     )
 
 
+class Unmovable(TypeError):
+    """An input of which no copy with other tensors can be made that is sure to share nothing with it."""
+
+
 def rebuild(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of ``value`` with every tensor in tuples, lists, mappings and dataclasses replaced by ``change`` of it.
-    Raises TypeError for an iterator, which cannot be copied."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(rebuild(v, change) for v in value))
-    if type(value) in (list, tuple):
-        return type(value)(rebuild(v, change) for v in value)
-    if isinstance(value, Mapping) and hasattr(value, "__setitem__"):
-        new: Any = copy.copy(value)
-        for key in value:
-            new[key] = rebuild(value[key], change)
+    """A copy of ``value`` with every tensor in it replaced by ``change`` of it: in tuples, lists, dicts, UserDicts (and
+    subclasses: their items and attributes), dataclasses and the nodes that pytree knows. Nothing of ``value`` is
+    written, and what runs with the copy cannot write it. Of other objects a deep copy, if they hold no tensors.
+
+    Raises:
+        Unmovable: there is something else in it: an object that holds tensors or that cannot be copied (an iterator,
+            a lock, a file), a module.
+    """
+    return _Rebuilding(change)(value)
+
+
+_BASES: tuple[Any, ...] = (OrderedDict, defaultdict, dict, list)  # the nearest first
+
+
+class _Rebuilding:
+    """What is met twice in an input is one object in the copy too."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._change = change
+        self._done: dict[int, tuple[Any, Any]] = {}  # id -> the object (kept, so that its id stays its own), its copy
+
+    def __call__(self, value: Any) -> Any:
+        if id(value) in self._done:
+            return self._done[id(value)][1]
+        if isinstance(value, (type, types.ModuleType)):
+            return value
+        if isinstance(value, (nn.Module, Iterator)):
+            what = "is a module" if isinstance(value, nn.Module) else "can be read only once"
+            raise Unmovable(f"an input of type {type(value).__name__} {what}")
+        if isinstance(value, torch.Generator):
+            return self._note(value, copy.deepcopy(value))
+        if isinstance(value, Tensor):
+            return self._note(value, self._change(value))
+        kind = type(value)
+        if kind is tuple or (isinstance(value, tuple) and hasattr(value, "_fields")):
+            return self._note(value, tuple.__new__(kind, [self(v) for v in tuple.__iter__(value)]))
+        if kind in SUPPORTED_NODES and kind not in _BASES:
+            return self._node(value)
+        base = next((base for base in _BASES if isinstance(value, base)), None)
+        if base is not None or isinstance(value, UserDict) or dataclasses.is_dataclass(value):
+            return self._object(value, base or object)
+        return self._copy(value)
+
+    def _note(self, value: Any, new: Any) -> Any:
+        self._done[id(value)] = value, new
         return new
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        new = copy.copy(value)
-        for field in dataclasses.fields(value):
-            object.__setattr__(new, field.name, rebuild(getattr(value, field.name), change))
+
+    def _object(self, value: Any, base: Any) -> Any:
+        """An object that is its attributes and, with a ``base``, its items; no method of its own is called."""
+        try:
+            new = self._note(value, base.__new__(type(value)))  # raises where the type has another builtin in it
+        except TypeError as error:
+            raise Unmovable(f"an input of type {type(value).__name__} cannot be rebuilt: {error}") from None
+        if base is defaultdict:
+            new.default_factory = value.default_factory
+        if base is list:
+            list.extend(new, [self(v) for v in list.__iter__(value)])
+        elif base is not object:
+            for key, held in base.items(value):
+                base.__setitem__(new, key, self(held))
+        attributes = getattr(value, "__dict__", {})
+        for name in (*attributes, *copyreg._slotnames(type(value))):  # type: ignore[attr-defined]
+            if name in attributes or hasattr(value, name):
+                held = attributes[name] if name in attributes else getattr(value, name)
+                object.__setattr__(new, name, self(held))
         return new
-    if isinstance(value, nn.Module):
-        return value
-    if isinstance(value, Iterator):
-        raise TypeError(f"an input of type {type(value).__name__} can be read only once")
-    try:
-        return copy.deepcopy(value)
-    except Exception:  # whatever an object's own copying raises: it is handed over as it is
-        return value
+
+    def _node(self, value: Any) -> Any:
+        node = SUPPORTED_NODES[type(value)]
+        try:
+            children, context = node.flatten_fn(value)
+            new = node.unflatten_fn([self(child) for child in children], self._copy(context))
+        except Unmovable:
+            raise
+        except Exception as error:
+            raise Unmovable(f"an input of type {type(value).__name__} cannot be rebuilt: {error}") from None
+        if new is value:
+            raise Unmovable(f"an input of type {type(value).__name__} is not rebuilt, but given back, by pytree")
+        return self._note(value, new)
+
+    def _copy(self, value: Any) -> Any:
+        memo: dict[int, Any] = {}
+        try:
+            new = copy.deepcopy(value, memo)
+        except Exception as error:  # whatever an object's own copying raises
+            raise Unmovable(f"an input of type {type(value).__name__} cannot be copied: {error}") from None
+        if new is value and hasattr(value, "__deepcopy__") and not isinstance(value, Enum):
+            raise Unmovable(f"an input of type {type(value).__name__} is not copied, but given back, by deepcopy")
+        if isinstance(new, Tensor) or any(isinstance(made, Tensor) for made in memo.values()):
+            raise Unmovable(
+                f"an input of type {type(value).__name__} holds tensors; dicts, dataclasses can be looked into"
+            )
+        return new

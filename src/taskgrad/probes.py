@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ._text import printable
 from .accumulation import Accumulation
@@ -74,6 +75,10 @@ class Probes:
                 place = path or "the model itself"
                 if reason is not None:
                     self.reasons.setdefault(name, f"{place}: {reason}")
+                elif capture is not None and is_lazy(param):
+                    raise ValueError(
+                        f"{place} is a lazy module without parameters yet: run the model once on a batch, then track()"
+                    )
                 elif param.is_complex():
                     self.reasons[name] = f"{place}: complex parameters are not split by task"
                 elif capture is not None and attr in capture.params:

@@ -8,6 +8,7 @@ compile again for every batch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -43,15 +44,16 @@ class RootHooks:
 
 
 class _Hook:
-    """On a copy or a pickle of the model, made during the batch, it does nothing."""
+    """A shallow copy of the model, made during the batch, has it too: on another model it does nothing."""
 
-    def __init__(self, model: nn.Module | None = None, function: Callable[..., Any] | None = None) -> None:
+    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
         self.model, self.function = model, function
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-        if self.function is not None and model is self.model:
+        if model is self.model:
             return self.function(args, kwargs, *output)
         return None
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
+    def __reduce__(self) -> tuple[Any, ...]:
+        # something that takes any arguments and returns None, wherever it is loaded: also where taskgrad is not
+        return getattr, (nullcontext(), "__exit__")

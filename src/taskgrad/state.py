@@ -106,7 +106,7 @@ def state_of(tracker: TaskGradTracker) -> dict[str, Any]:
     state = {
         **_settings(tracker),
         "step": tracker._steps.count,
-        "verified": tracker._row_check.verified,
+        "verified": tracker._row_check.reason is None,
         # in the order of the columns: name, shape, number of columns, whether a step has used it
         "parameters": [[p.name, list(p.param.shape), p.sketch.dim, p.seen] for p in probes.probes.values()],
         "left_out": dict(probes.reasons),

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .batches import Batch, Batches
@@ -61,7 +60,7 @@ class TaskGradTracker:
         self._probes = Probes(model, self._batches, len(self.tasks), width, SKETCH_SEED, include, not accumulate)
         try:
             self._root = RootHooks(model, lambda args, kwargs: None, self._returned)
-            self._row_check = RowCheck(model, self._batches, self._probes.sites, enabled=verify)
+            self._row_check = RowCheck(model, self._batches, self._probes.sites, verify, process_group)
             self._steps = Steps(
                 self.tasks,
                 self._probes,
@@ -161,7 +160,7 @@ class TaskGradTracker:
             raise RuntimeError("tracker.batch() is open already; leave it before the next batch begins")
         if self._hooks is not None:
             self._hooks.stay_last()
-        if not torch.is_inference_mode_enabled():  # else an evaluation
+        with torch.inference_mode(False):  # what training writes later, also where this is an evaluation
             self._steps.begin()
         self._batches.enter(batch)
         self._root.put()
@@ -309,9 +308,9 @@ def track(
         loss_scale: the GradScaler (or a scalar tensor) the loss is multiplied with.
         verify: check the rows of every layer on the first tracked batch (two more forward passes without gradients,
             two more with an id per token, one more where BatchNorm trains or parts are compiled; on the second and
-            third batch too where one could not tell), and on some steps that the tasks' gradients add up to
-            ``param.grad``. A pass leaves the model and the random states as they were, as far as
-            ``taskgrad.isolation.Snapshot`` says.
+            third batch too where one could not tell, and on three more at most where layers are first called later),
+            and on some steps that the tasks' gradients add up to ``param.grad``. A pass leaves the model and the random
+            states as they were, as far as ``taskgrad.isolation.Snapshot`` says.
         process_group: the ranks whose gradients are averaged (DistributedDataParallel); ``None`` for the default group.
         include: ``include(name, module)`` says whether a module is tracked.
         accumulate: exact mode: keep the T gradients, so that they add up over uses of a weight and over micro-batches.
@@ -341,8 +340,6 @@ def track(
     if not 0 <= memory_decay < 1:
         raise ValueError(f"memory_decay must lie in [0, 1), got {memory_decay}")
     trainable = [p for p in model.parameters() if p.requires_grad]
-    if any(is_lazy(p) for p in trainable):
-        raise ValueError("the model has lazy modules without parameters yet: run it once on a batch, then track() it")
     if not trainable:
         raise ValueError("model has no trainable parameters: every requires_grad is False")
     _refuse_sharded(model, trainable)
@@ -360,7 +357,7 @@ def track(
     dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
     if any(isinstance(p, dtensor) for p in trainable):
         raise ValueError("sharded parameters (DTensor: FSDP2, tensor parallelism) are not supported; use DDP")
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # what training writes later
         return TaskGradTracker(
             model,
             tasks,

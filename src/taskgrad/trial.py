@@ -35,12 +35,14 @@ class Trial:
         passes: on moved inputs: two with examples moved, and with ids per token two with tokens moved.
         error: a pass could not be run, and why.
         failing: site name -> reason, once ``verdict`` was asked.
+        seen: names of the sites whose rows were compared, then.
     """
 
     base: Trace
     passes: list[tuple[Move, Moved, Trace]] = field(default_factory=list)
     error: str | None = None
     failing: dict[str, str] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
 
     @property
     def doubtful(self) -> bool:
@@ -50,6 +52,9 @@ class Trial:
         """Why this batch cannot tell, or ``None``; then ``failing`` holds what it told. Waits for the device once."""
         if self.error is not None:
             return self.error
+        for trace in (self.base, *(trace for _, _, trace in self.passes)):
+            if trace.error is not None:
+                return trace.error
         base = self.base.rows
         if any(moved.differs is None for _, moved, _ in self.passes):
             return NO_INPUT
@@ -79,6 +84,7 @@ class Trial:
         found = torch.cat([told.view(1), torch.stack(faults).flatten()]).tolist()
         if not found[0]:
             return ALIKE
+        self.seen.update(names)
         for name, fault in zip(
             names, torch.tensor(found[1:], device="cpu").view(-1, len(REASONS)).tolist(), strict=True
         ):

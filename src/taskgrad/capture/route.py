@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Forward = Callable[..., Any]
 
-_SITES: dict[int, weakref.ref[Site]] = {}  # by id(module); a site keeps its module alive
+_SITES: dict[int, weakref.ref[Site]] = {}  # by id(module); a site keeps its module alive, a dead reference says nothing
 _ROUTES: dict[Forward, Forward] = {}  # what classes have while modules of them are tracked: what they had before
 
 
@@ -56,13 +56,10 @@ def connect(site: Site) -> None:
         _ROUTES[routed] = plain
         setattr(cls, "forward", routed)  # noqa: B010
     site.route = cls.__dict__["forward"]
-    key, sites = id(site.module), _SITES
-
-    def gone(site: weakref.ref[Site]) -> None:
-        if sites.get(key) is site:
-            del sites[key]
-
-    sites[key] = weakref.ref(site, gone)
+    # not by a callback of the reference: the garbage collector may run it while Dynamo goes through the dict
+    for key in [key for key, found in _SITES.items() if found() is None]:
+        del _SITES[key]
+    _SITES[id(site.module)] = weakref.ref(site)
 
 
 def disconnect(site: Site) -> None:
