@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -418,3 +420,36 @@ def test_the_json_parts_are_json(saved: tuple[Path, Loop]) -> None:
         for name in ("tracker", "sampler"):
             part = json.loads(file.get_tensor(name).numpy().tobytes(), parse_constant=pytest.fail)
             assert part["step"] == 5
+
+
+def test_the_mode_of_the_file_is_kept(tmp_path: Path) -> None:
+    tracker = tg.track(nn.Linear(3, 2), ["a", "b"], verify=False)
+    path = tmp_path / "run.safetensors"
+    tg.save_checkpoint(path, tracker, step=1)
+    path.chmod(0o600)
+    (tmp_path / f".{hashlib.sha256(b'run.safetensors').hexdigest()[:16]}.x.tmp").touch()  # of somebody else
+    tg.save_checkpoint(path, tracker, step=2)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert tg.load_checkpoint(path, tracker) == 2
+
+
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path: Path) -> None:
+    tracker = tg.track(nn.Linear(3, 2), ["a", "b"], verify=False)
+    path = tmp_path / "run.safetensors"
+    tg.save_checkpoint(path, tracker, step=0)
+    stop = threading.Event()
+
+    def save() -> None:
+        step = 0
+        while not stop.is_set():
+            step += 1
+            tg.save_checkpoint(path, tracker, step=step)
+
+    writer = threading.Thread(target=save)
+    writer.start()
+    try:
+        steps = [tg.load_checkpoint(path, tg.track(nn.Linear(3, 2), ["a", "b"], verify=False)) for _ in range(150)]
+    finally:
+        stop.set()
+        writer.join()
+    assert steps == sorted(steps) and steps[-1] > steps[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +30,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, temporary)
         os.replace(temporary, target)
     except BaseException:
         with suppress(FileNotFoundError):
@@ -37,7 +40,8 @@ def replacing(path: Path) -> Iterator[Path]:
     if os.name == "posix":  # elsewhere a folder cannot be opened, and signal 0 ends a process
         _sync(target.parent)
         for left in target.parent.glob(f"{stem}*.tmp"):
-            if not _alive(int(left.name.split(".")[2])):
+            process = left.name.split(".")[2]
+            if process.isdigit() and not _alive(int(process)):
                 left.unlink(missing_ok=True)
 
 

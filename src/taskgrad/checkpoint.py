@@ -147,7 +147,17 @@ def _digest(step: int, encoded: Mapping[str, bytes]) -> str:
 
 
 def _read(source: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Step and states of a checkpoint file, whose own digest was checked."""
+    """Step and states of a checkpoint file, whose own digest was checked; read again if it was replaced meanwhile."""
+    while True:
+        file = os.stat(source).st_ino
+        try:
+            return _read_once(source)
+        except ValueError:
+            if os.stat(source).st_ino == file:
+                raise
+
+
+def _read_once(source: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     damaged = f"{str(source)!r} was cut or changed since it was saved: load an earlier checkpoint"
     try:
         with safe_open(source, framework="pt", device="cpu") as file:

@@ -676,7 +676,7 @@ def test_compiled_and_run_before_it_was_tracked() -> None:
 
 def test_lazy_modules_are_to_be_run_once() -> None:
     model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match="run it once"):
+    with pytest.raises(ValueError, match="run the model once"):
         track(model)
     model(torch.randn(6, 3))
     track(model)
