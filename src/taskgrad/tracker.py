@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -153,8 +152,7 @@ class TaskGradTracker:
             raise RuntimeError("tracker.batch() is open already; leave it before the next batch begins")
         if self._hooks is not None:
             self._hooks.cut_short()
-        with torch.inference_mode(False):  # what training writes later, also where this is an evaluation
-            self._steps.begin()
+        self._steps.begin()
         self._batches.enter(batch)
         self._root.put()
         self._row_check.enter(batch.task_rows)
@@ -344,20 +342,19 @@ def track(
     dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
     if any(isinstance(p, dtensor) for p in trainable):
         raise ValueError("sharded parameters (DTensor: FSDP2, tensor parallelism) are not supported; use DDP")
-    with torch.inference_mode(False):  # what training writes later
-        return TaskGradTracker(
-            model,
-            tasks,
-            optimizers,
-            mode=mode,
-            sketch_dim=sketch_dim,
-            memory_decay=memory_decay,
-            loss_scale=loss_scale,
-            verify=verify,
-            process_group=process_group,
-            include=include,
-            accumulate=accumulate,
-        )
+    return TaskGradTracker(
+        model,
+        tasks,
+        optimizers,
+        mode=mode,
+        sketch_dim=sketch_dim,
+        memory_decay=memory_decay,
+        loss_scale=loss_scale,
+        verify=verify,
+        process_group=process_group,
+        include=include,
+        accumulate=accumulate,
+    )
 
 
 def _optimizers(given: Any) -> list[Optimizer]:
