@@ -164,9 +164,8 @@ class Batches:
     @contextmanager
     def regroup(self, make: Callable[[], Rows]) -> Iterator[None]:
         """Layers called inside work on other rows of the current batch (gathered, as in a mixture of experts)."""
-        tracing = self.observer is not None
-        current = None if tracing else self.current_rows()
-        if current is None and not tracing:
+        current = self.current_rows()
+        if current is None and self.observer is None:
             yield
             return
         regrouped = make()
@@ -180,3 +179,4 @@ class Batches:
             if current is not None:
                 current.half |= regrouped.half
                 current.fitted |= regrouped.fitted
+                current.shared += regrouped.shared

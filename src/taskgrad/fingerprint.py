@@ -7,6 +7,9 @@ about d, whatever the direction, so a tolerance on the sums is one on the rows.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +22,23 @@ from .tracing import traced
 
 FLOAT32 = 3e-5  # what rounding does to a row over a deep model whose sums over the batch change their order
 COARSER = 8  # units of rounding of coarser types; a layer's output differs by one
+
+
+_extra = threading.local()  # the trace of the extra pass that runs in a thread
+
+
+@contextmanager
+def extra_pass(trace: Trace) -> Iterator[None]:
+    """What runs inside is a pass that training did not ask for: no other trace is to hear of it."""
+    before = getattr(_extra, "trace", None)
+    _extra.trace = trace
+    try:
+        yield
+    finally:
+        if before is None:
+            del _extra.trace
+        else:
+            _extra.trace = before
 
 
 class Trace:
@@ -40,6 +60,8 @@ class Trace:
 
     def __call__(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if in_backward() or traced():  # a recomputation: the forward has been seen
+            return
+        if getattr(_extra, "trace", self) is not self:  # a pass of another tracker's check on the same model
             return
         call = self._calls[site.name] = self._calls.get(site.name, -1) + 1
         x = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)

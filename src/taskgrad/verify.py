@@ -32,12 +32,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from .accumulation import in_backward
 from .batch_statistics import BatchStatistics, batch_norm_trains
 from .capture.site import Owner, Site
-from .fingerprint import Trace
+from .fingerprint import Trace, extra_pass
 from .isolation import Snapshot
 from .moves import Move, apply, example_moves, token_moves
 from .reduce import world_size
@@ -230,7 +231,10 @@ class RowCheck:
     def _try(self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trial:
         """Nothing that goes wrong here may reach training's forward."""
         try:
-            return self._perturb(self.model.forward, rows, args, kwargs)
+            # not by model(...): the hooks that have run already would run again. Inside of DistributedDataParallel:
+            # what it does around a forward may be a collective, and another rank may have no batch to check
+            call = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model.forward
+            return self._perturb(call, rows, args, kwargs)
         except Exception as error:
             return Trial(Trace(self.owner, rows.shape), error=f"{RAISED} {type(error).__name__}: {error}")
 
@@ -317,7 +321,8 @@ class RowCheck:
     def _observe(self, trace: Trace, run: Callable[[], object]) -> None:
         self._busy, self.owner.observer = True, trace
         try:
-            run()
+            with extra_pass(trace):
+                run()
         finally:
             self._busy, self.owner.observer = False, None
 

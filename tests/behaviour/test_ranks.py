@@ -102,17 +102,47 @@ LOOPS = {
 }  # fmt: skip
 
 
+def thawed(rank: int, step: int, forward: Callable[..., Any], tracker: Any, ids: torch.Tensor) -> None:
+    """A layer thawed on both ranks in a step in which one of them enters no batch."""
+    if rank == 1 and step == 2:
+        (0 * forward().mean()).backward()
+    else:
+        plain(rank, step, forward, tracker, ids)
+
+
+def no_first_batch(rank: int, step: int, forward: Callable[..., Any], tracker: Any, ids: torch.Tensor) -> None:
+    """The other rank checks its rows meanwhile."""
+    if rank == 1 and step == 0:
+        (0 * forward().mean()).backward()
+    else:
+        plain(rank, step, forward, tracker, ids)
+
+
+LOOPS |= {f.__name__: f for f in (thawed, no_first_batch)}
+
+
 def train(rank: int, loop: str, view: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    """``view`` also tells whether the wrapper is tracked or what is in it."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=view)
+    model: nn.Module = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5).eval(), nn.Tanh(), nn.Linear(5, 3)).double()
+    model.requires_grad_(True)
+    model[1].requires_grad_(False)  # type: ignore[index]
     optimizer = torch.optim.AdamW(model.parameters(), 0.05)
-    tracker = tg.track(model, ["a", "b"], optimizer)
+    wrapped = DistributedDataParallel(
+        model, gradient_as_bucket_view=view, find_unused_parameters=loop in ("no_batch_on_one",)
+    )
+    if loop == "thawed":
+        model[3].requires_grad_(False)  # type: ignore[index]
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=view)
+    tracker = tg.track(wrapped if view else model, ["a", "b"], optimizer)
     reports = []
     for step in range(STEPS):
         torch.manual_seed(10 * step + rank)
         x, ids = torch.randn(6, 4, dtype=torch.float64), torch.randint(-1, 2, (6,))
-        LOOPS[loop](rank, step, lambda x=x: wrapped(x).square().sum(1), tracker, ids)
+        if loop == "thawed" and step == 2:
+            model[3].requires_grad_(True)  # type: ignore[index]
+            wrapped = DistributedDataParallel(model, gradient_as_bucket_view=view)
+        LOOPS[loop](rank, step, lambda x=x, wrapped=wrapped: wrapped(x).square().sum(1), tracker, ids)
         optimizer.step()
         reports.append({**tracker.report().to_dict(), "unattributed": sorted(tracker.coverage().unattributed)})
         optimizer.zero_grad()

@@ -206,6 +206,23 @@ def test_two_trackers_of_two_models_at_once() -> None:
         assert_report(tracker.report(), Expected.of(oracle, oracle, i, None), 1e-9)
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_two_trackers_of_parts_of_one_model(swapped: bool) -> None:
+    """What "an optimizer stepped and another one did not" tells to do."""
+    model = make()
+    parts = [track(model, verify=True, include=lambda n, _, k=k: (n == "0") == k) for k in (True, False)]  # type: ignore[misc]
+    first, second = reversed(parts) if swapped else parts
+    for _ in range(2):
+        with first.batch(IDS), second.batch(IDS):
+            model(torch.randn(6, 4)).square().mean().backward()
+        for tracker in parts:
+            tracker.step()
+            assert tracker.report().valid and tracker.coverage().verified
+        model.zero_grad()
+    assert set(parts[0].coverage().attributed) == {"0.weight", "0.bias"}
+    assert set(parts[1].coverage().attributed) == {"2.weight", "2.bias", "3.weight", "3.bias"}
+
+
 # -- what is done to a model in the middle of a run --------------------------------------------------------------------
 
 

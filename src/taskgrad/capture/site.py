@@ -78,11 +78,15 @@ class Site:
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation runs, which a Function with taps cannot take
-    part in. What it adds to gradients is in no statistics, and compared at the step."""
+    """Whether a transform of torch.func, forward-mode differentiation or ``torch.jit.trace`` runs, which a Function
+    with taps cannot take part in. What it adds to gradients is in no statistics, and compared at the step."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def refuse_layouts(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
