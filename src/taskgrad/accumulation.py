@@ -155,12 +155,6 @@ class Accumulation:
                 probe.held.note(probe.param.grad)
                 probe.compare()
 
-    def passes(self) -> tuple[int, int]:
-        """(first, gone) over the parameters that hold statistics: all gradients are those of the passes after ``gone``,
-        if ``first`` is one of these."""
-        holding = [p.held for p in self._probes() if p.tap.grad is not None]
-        return min((h.first for h in holding), default=self.count + 1), max((h.gone for h in holding), default=0)
-
 
 def are_zero(probes: list[Probe]) -> list[bool]:
     """Whether every entry of the gradients is zero; waits for a GPU."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -303,6 +303,19 @@ class Probes:
     def widths(self) -> Tensor:
         """Columns of every probe, int64 [P]."""
         return torch.tensor([p.sketch.dim for p in self.probes.values()], device="cpu").to(self.device)
+
+    def mask(self, flags: Iterable[bool]) -> Tensor:
+        """Flags on the device, bool; [P] for one of every probe."""
+        return torch.tensor(list(flags), dtype=torch.bool, device="cpu").to(self.device, non_blocking=True)
+
+    def any_column(self, flags: Tensor) -> Tensor:
+        """Whether any of a parameter's flags [K] is set: bool [P]."""
+        lengths = self.widths()
+        return torch.segment_reduce(flags.double(), "max", lengths=lengths, axis=0, unsafe=True, initial=0.0) > 0
+
+    def spread(self, flags: Tensor) -> Tensor:
+        """Flags [P] on all columns of their parameters: bool [K]."""
+        return torch.repeat_interleave(flags, self.widths(), output_size=self.width)
 
     def coverage(self, unverified: str | None) -> Coverage:
         """What counts and what does not, over the parameters that train now."""

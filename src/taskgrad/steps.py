@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch.amp import GradScaler
 
 from .batches import Batch, Batches
 from .capture import Probe
+from .collected import Collected, Counts, counts_of, wrong_ids
 from .delivery import Delivery, Mailbox, invalid_report
 from .memory import Reading, TaskMemory
 from .ops.sum_gram import sum_gram
@@ -31,46 +32,13 @@ CHECK_FIRST, CHECK_EVERY = 3, 100  # steps on which what arrives at a parameter 
 
 
 @dataclass
-class _Counts:
-    """Sums over a step's batches, [T + 1] each, the last entry is rest."""
-
-    weight: Tensor  # of the rows, float64
-    mass: Tensor  # shares of the loss: 1 in all for every batch whose loss is its rows' mean
-    entered: Tensor  # the same, times what the task's losses were multiplied with
-    examples: Tensor  # float64
-    loss: Tensor
-    given: Tensor  # bool: every batch entered its losses
-
-    @property
-    def share(self) -> Tensor:
-        """What makes g_t the mean gradient of the task's loss as it was before any factor [T]; 0 for absent tasks."""
-        return torch.where(self.mass > 0, self.mass.sum() / self.entered, 0.0)[:-1]
-
-
-@dataclass
-class _Collected:
-    """Statistics taken off the taps, optimizer by optimizer."""
-
-    taps: dict[str, Tensor] = field(default_factory=dict)
-    written: dict[str, Tensor] = field(default_factory=dict)  # sketches of the gradients that were read
-    others: set[str] = field(default_factory=set)  # whose gradient others wrote after the last pass
-    foreign: set[str] = field(default_factory=set)  # to which a pass without statistics added
-    squares: dict[str, Tensor] = field(default_factory=dict)  # [3], of the passes that were checked
-    names: set[str] = field(default_factory=set)
-    first: int = 1 << 62
-    gone: int = 0
-    passes: int = 0
-    strays: list[Tensor] = field(default_factory=list)  # not looked at on the host
-
-
-@dataclass
 class _Open:
     """What the first half leaves to the second."""
 
     reading: Reading
     gradient: Tensor
     gram: Tensor
-    counts: _Counts
+    counts: Counts
     flags: Tensor
     valid: Tensor
     left_out: Tensor | None
@@ -108,7 +76,7 @@ class Steps:
         self.theta = probes.theta()
         self.misfit: str | None = None  # what a layer said of ids that fitted none
         self._loss_scale, self._guard, self._group, self._by_hand = loss_scale, guard, group, by_hand
-        self._collected = _Collected()
+        self._collected = Collected()
         self._open: _Open | None = None
 
     # -- before the step ----------------------------------------------------------------------------------------------
@@ -117,7 +85,7 @@ class Steps:
         """Go on after step ``count`` with the memory and the columns that were just put in place."""
         self.count = count
         self.gradient, self._open, self.mail = None, None, Mailbox()
-        self._collected, self.misfit = _Collected(), None
+        self._collected, self.misfit = Collected(), None
         self.theta = self.probes.theta()
         widths = self.probes.widths()
         self.memory.resume(widths[: self.memory.missed.shape[1]])
@@ -190,27 +158,12 @@ class Steps:
             if name not in taken.names and (params is None or id(p.param) in params)
         ]
         for probe in probes:
-            held, grad = probe.held, probe.param.grad
-            taken.names.add(probe.name)
-            if probe.name not in self.probes.reasons:
-                if probe.tap.grad is not None:
-                    taken.taps[probe.name] = probe.tap.grad
-                    taken.first, taken.gone = min(taken.first, held.first), max(taken.gone, held.gone)
-                if grad is not None and (held.written or held.foreign or read or probe.hooked):
-                    dense = grad if grad.layout is torch.strided else grad.to_dense()
-                    taken.written[probe.name] = probe.sketch_of(dense)
-                if held.written:
-                    taken.others.add(probe.name)
-                if held.foreign:
-                    taken.foreign.add(probe.name)
-                if probe.squares is not None:
-                    taken.squares[probe.name] = probe.squares
-            probe.discard()
-            held.release(accumulation.count)
+            taken.take(probe, probe.name not in self.probes.reasons, read)
+            probe.held.release(accumulation.count)
 
     def cut_short(self) -> None:
         """What was collected is of no step."""
-        self._collected = _Collected()
+        self._collected = Collected()
         self._open = None
         gone = self.probes.accumulation.count
         self.batches.pending = [b for b in self.batches.pending if not 0 < b.task_rows.backward <= gone]
@@ -224,7 +177,7 @@ class Steps:
         if probe is not None:  # one that raises is given up
             probe.before = probe.measure()
             self.probe = probe
-        taken, self._collected = self._collected, _Collected()
+        taken, self._collected = self._collected, Collected()
         ran = [b for b in self.batches.pending if b.task_rows.backward > taken.gone]
         entered, self.batches.entered = self.batches.entered > 0, 0
         misfit, self.misfit = self.misfit is not None, None
@@ -261,21 +214,25 @@ class Steps:
         flags["mixed"] = bool(taken.taps) and taken.first <= taken.gone
         state = torch.tensor(list(flags.values()), device="cpu").to(gradient.device, non_blocking=True)
         half = any(b.task_rows.half for b in ran)
-        suspects = self._contradicted(probes, taken, half, unscaled.dtype)
-        blamed = self._mask(p.name in taken.foreign or p.name not in taken.others for p in probes)
-        written = self._written(probes, taken, unscaled)
-        counts = self._counts(ran)
-        wrong = self._wrong(ran)
+        squares = taken.all_squares(probes, gradient.device)
+        if squares is None:
+            suspects = torch.zeros(len(probes), dtype=torch.bool, device=gradient.device)
+        else:
+            suspects = differing(squares, self._tolerances(probes, half), unscaled.dtype)
+        blamed = self.probes.mask(p.name in taken.foreign or p.name not in taken.others for p in probes)
+        written = taken.all_written(probes, unscaled) if taken.written or ranks > 1 else None
+        counts = counts_of(ran, len(self.tasks), gradient.device)
+        wrong = wrong_ids(ran, gradient.device)
         if ranks > 1:
             gradient, written, counts, state, suspects, blamed, wrong = self._reduce(
                 gradient, written, counts, state, suspects, blamed, wrong
             )
         kept = None
         if written is not None:
-            kept = self._any_column(written != 0)  # the others were zeroed in place since the last pass
-            gradient = gradient * self._spread(kept)
+            kept = self.probes.any_column(written != 0)  # the others were zeroed in place since the last pass
+            gradient = gradient * self.probes.spread(kept)
             apart = unlike(gradient, written, self.probes.widths(), self._tolerances(probes, half))
-            apart = apart & self._mask(p.seen for p in probes)
+            apart = apart & self.probes.mask(p.seen for p in probes)
             suspects = suspects | (apart & blamed)
             state[_AT["changed"]] |= (apart & ~suspects).any()
             state[_AT["vanished"]] |= (written == 0).all()
@@ -292,7 +249,7 @@ class Steps:
         suspects = suspects & ~many
         left_out = self._judge(probes, suspects, taken, state)
         if left_out is not None:
-            gradient = gradient * ~self._spread(left_out)
+            gradient = gradient * ~self.probes.spread(left_out)
         out = self.probes.suspects.keys() | self.probes.reasons.keys()
         state[_AT["nothing"]] |= ranks == 1 and bool(taken.taps) and not taken.taps.keys() - out
         valid = ~state.any()
@@ -313,55 +270,10 @@ class Steps:
         reading = self.memory.read(gradient, counts.share, self.theta)
         self._open = _Open(reading, gradient, gram, counts, state, valid, left_out, wrong)
 
-    def _mask(self, flags: object) -> Tensor:
-        """Flags of the probes on the device, bool [P]."""
-        return torch.tensor(list(flags), dtype=torch.bool, device="cpu").to(self.probes.device, non_blocking=True)  # type: ignore[call-overload]
-
     def _tolerances(self, probes: Sequence[Probe], half: bool) -> Tensor:
         return tolerances([p.param.dtype for p in probes], half, self.probes.device)
 
-    def _contradicted(self, probes: Sequence[Probe], taken: _Collected, half: bool, dtype: torch.dtype) -> Tensor:
-        """Parameters at which something else arrived than at their taps, bool [P]; none in a step without checks."""
-        if not taken.squares:
-            return torch.zeros(len(probes), dtype=torch.bool, device=self.probes.device)
-        none = torch.zeros(3, dtype=torch.float64, device=self.probes.device)
-        squares = torch.stack([taken.squares.get(p.name, none) for p in probes])
-        return differing(squares, self._tolerances(probes, half), dtype)
-
-    def _written(self, probes: Sequence[Probe], taken: _Collected, unscaled: Tensor) -> Tensor | None:
-        """Sketch of ``param.grad`` [K] in float64: read where others wrote it, else what the taps add up to; ``None``
-        if nothing was read."""
-        if not taken.written and world_size(self._group) == 1:
-            return None
-        out: Tensor = unscaled.double().sum(0)
-        for probe in probes:
-            if probe.name in taken.written:
-                out[probe.columns] = taken.written[probe.name]
-        return out
-
-    def _wrong(self, ran: Sequence[Batch]) -> Tensor | None:
-        flags = [b.task_rows.wrong for b in ran if b.task_rows.wrong is not None]
-        return torch.stack(flags).any().to(self.probes.device) if flags else None
-
-    def _counts(self, ran: Sequence[Batch]) -> _Counts:
-        """What the step's batches add up to, on the device."""
-        device = self.probes.device
-        zero = torch.zeros(len(self.tasks) + 1, dtype=torch.float64, device=device)
-
-        def total(parts: list[Tensor]) -> Tensor:
-            return torch.stack([zero, *(p.to(device, non_blocking=True) for p in parts)]).sum(0)
-
-        losses = [b.task_losses for b in ran if b.task_losses is not None]
-        return _Counts(
-            weight=total([b.task_rows.weight for b in ran]),
-            mass=total([b.mass for b in ran]),
-            entered=total([b.entered for b in ran]),
-            examples=total([b.examples for b in ran]),
-            loss=total(losses),
-            given=torch.full((), len(losses) == len(ran), device=device),
-        )
-
-    def _judge(self, probes: Sequence[Probe], suspects: Tensor, taken: _Collected, state: Tensor) -> Tensor | None:
+    def _judge(self, probes: Sequence[Probe], suspects: Tensor, taken: Collected, state: Tensor) -> Tensor | None:
         """Leave out the parameters that are contradicted: bool [P]. Where the host is not to wait for which, the step
         is not valid."""
         if not self.probes.host:
@@ -373,7 +285,7 @@ class Steps:
         for probe in self.probes.suspect(found, UNSEEN):
             self.memory.forget_columns(probe.columns)
         frozen = [p for p in probes if not p.param.requires_grad]
-        return self._mask(p in found or p in frozen for p in probes) if found or frozen else None
+        return self.probes.mask(p in found or p in frozen for p in probes) if found or frozen else None
 
     def _leave_out_reused(self, probes: Sequence[Probe], repeated: Tensor, gradient: Tensor) -> None:
         for probe, twice in zip(probes, repeated.tolist(), strict=True):
@@ -386,26 +298,26 @@ class Steps:
         self,
         gradient: Tensor,
         written: Tensor | None,
-        counts: _Counts,
+        counts: Counts,
         state: Tensor,
         suspects: Tensor,
         blamed: Tensor,
         wrong: Tensor | None,
-    ) -> tuple[Tensor, Tensor, _Counts, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Counts, Tensor, Tensor, Tensor, Tensor]:
         """One packet of a size that nothing a rank did can change. Gradients are averaged, as DistributedDataParallel
         averages them; what one rank left out, all leave out."""
         assert written is not None
         ranks, device = world_size(self._group), gradient.device
-        lost = self._mask(name in self.probes.reasons for name in self.probes.probes)
-        seen = self._mask(p.seen for p in self.probes.probes.values())
-        check = self._mask(self.row_check.standing)
+        lost = self.probes.mask(name in self.probes.reasons for name in self.probes.probes)
+        seen = self.probes.mask(p.seen for p in self.probes.probes.values())
+        check = self.probes.mask(self.row_check.standing)
         flag = torch.zeros((), dtype=torch.bool, device=device) if wrong is None else wrong
         loss = torch.where(counts.given, counts.loss, 0.0)
         parts = [gradient, written, counts.weight, counts.mass, counts.entered, counts.examples, loss]
         parts += [~counts.given, state, suspects, blamed, lost, seen, check, flag]
         gradient, written, *rest = all_reduce_flat(parts, self._group)
         weight, mass, entered, examples, loss, silent, state, suspects, blamed, lost, seen, check, wrong = rest
-        kept = ~self._spread(lost)
+        kept = ~self.probes.spread(lost)
         if self.probes.host:
             self.row_check.agree(check.tolist())
             for probe, gone, used in zip(self.probes.probes.values(), lost.tolist(), seen.tolist(), strict=True):
@@ -413,17 +325,8 @@ class Steps:
                 if gone and probe.name not in self.probes.reasons:
                     self.probes.drop(probe.name, "left out on another rank")
                     self.memory.forget_columns(probe.columns)
-        counts = _Counts(weight, mass, entered, examples, loss, ~silent)
+        counts = Counts(weight, mass, entered, examples, loss, ~silent)
         return gradient * kept / ranks, written * kept / ranks, counts, state, suspects, blamed, wrong
-
-    def _any_column(self, flags: Tensor) -> Tensor:
-        """Whether any of a parameter's flags [K] is set: bool [P]."""
-        lengths = self.probes.widths()
-        return torch.segment_reduce(flags.double(), "max", lengths=lengths, axis=0, unsafe=True, initial=0.0) > 0
-
-    def _spread(self, flags: Tensor) -> Tensor:
-        """Flags [P] on all columns of their parameters: bool [K]."""
-        return torch.repeat_interleave(flags, self.probes.widths(), output_size=self.probes.width)
 
     def _scale(self) -> Tensor | None:
         """What the loss was multiplied with, or ``None``."""
