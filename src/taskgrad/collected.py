@@ -57,8 +57,8 @@ def wrong_ids(batches: Sequence[Batch], device: torch.device) -> Tensor | None:
 class Collected:
     """Statistics taken off the taps, optimizer by optimizer; by the names of the parameters.
 
-    ``first`` and ``gone`` are over the parameters with statistics: all gradients are those of the passes after ``gone``,
-    if ``first`` is one of these.
+    ``first`` and ``gone`` are over the parameters with statistics: all gradients are those of the passes after
+    ``gone``, if ``first`` is one of these.
     """
 
     taps: dict[str, Tensor] = field(default_factory=dict)
