@@ -48,9 +48,9 @@ class Batch:
         self.task_losses: Tensor | None = None
         self.graded = True  # entered with gradients on
         self._weight, self._enter, self._leave, self._ran = weight, enter, leave, ran
-        task_rows.listen(self._backward)
 
-    def _backward(self) -> None:
+    def backward(self) -> None:
+        """A backward pass has run through the batch."""
         self._ran(self)
 
     def losses(self, per_row: Tensor) -> None:
@@ -104,6 +104,7 @@ class Batches:
 
     def enter(self, batch: Batch) -> None:
         self.active = batch
+        batch.task_rows.listen(batch.backward)
         batch.graded = torch.is_grad_enabled()
         self.entered += batch.graded
         self.pending.append(batch)
@@ -115,9 +116,11 @@ class Batches:
         if not batch.task_rows.backward and (failed or not batch.graded):
             self.pending.remove(batch)
         # what no backward pass can reach any more; of those that only a recomputation could, the last
-        alive = [b for b in self.pending if b.task_rows.backward or b.task_rows.waiting]
-        hidden = [b for b in self.pending if b.task_rows.hidden and b not in alive][-1:]
-        self.pending = [b for b in self.pending if b in alive or b in hidden]
+        dead = [b for b in self.pending if not (b.task_rows.backward or b.task_rows.waiting)]
+        kept = next((b for b in reversed(dead) if b.task_rows.hidden), None)
+        if dead:
+            gone = {id(b) for b in dead if b is not kept}
+            self.pending = [b for b in self.pending if id(b) not in gone]
 
     @property
     def regrouped(self) -> bool:

@@ -31,6 +31,7 @@ UNSEEN = (
     "penalty on the weights, a forward outside of batch()), or a hook changes its gradient"
 )
 AGAIN = "; if the next comparison agrees it counts again"
+LATE = "its layer was first called after the rows of the layers were checked; it counts once its rows are checked too"
 NAMED = 8  # parameters that a warning names of one cause
 LEFT_OUT = "left out by include"
 
@@ -317,10 +318,12 @@ class Probes:
         """Flags [P] on all columns of their parameters: bool [K]."""
         return torch.repeat_interleave(flags, self.widths(), output_size=self.width)
 
-    def coverage(self, unverified: str | None) -> Coverage:
-        """What counts and what does not, over the parameters that train now."""
+    def coverage(self, unverified: str | None, late_sites: Collection[str] = ()) -> Coverage:
+        """What counts and what does not, over the parameters that train now; ``late_sites`` wait for their rows to be
+        checked."""
+        late = {p.name: LATE for site in self.sites if site.name in late_sites for p in site.probes.values()}
         trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        out = {**self.suspects, **self.reasons}
+        out = {**late, **self.suspects, **self.reasons}
         missing = {n: out[n] for n in trainable if n in out}
         for name, param in trainable.items():
             probe = self.probes.get(name)

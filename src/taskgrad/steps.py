@@ -219,13 +219,14 @@ class Steps:
             suspects = torch.zeros(len(probes), dtype=torch.bool, device=gradient.device)
         else:
             suspects = differing(squares, self._tolerances(probes, half), unscaled.dtype)
+        late = self.probes.mask(p.name in self._late() for p in probes)
         blamed = self.probes.mask(p.name in taken.foreign or p.name not in taken.others for p in probes)
         written = taken.all_written(probes, unscaled) if taken.written or ranks > 1 else None
         counts = counts_of(ran, len(self.tasks), gradient.device)
         wrong = wrong_ids(ran, gradient.device)
         if ranks > 1:
-            gradient, written, counts, state, suspects, blamed, wrong = self._reduce(
-                gradient, written, counts, state, suspects, blamed, wrong
+            gradient, written, counts, state, suspects, blamed, late, wrong = self._reduce(
+                gradient, written, counts, state, suspects, blamed, late, wrong
             )
         kept = None
         if written is not None:
@@ -248,30 +249,36 @@ class Steps:
         state[_AT["changed"]] |= many
         suspects = suspects & ~many
         left_out = self._judge(probes, suspects, taken, state)
+        if not self.probes.host:
+            state[_AT["changed"]] |= late.any()
+        elif bool(late.any()):
+            left_out = late if left_out is None else left_out | late
         if left_out is not None:
             gradient = gradient * ~self.probes.spread(left_out)
-        out = self.probes.suspects.keys() | self.probes.reasons.keys()
-        state[_AT["nothing"]] |= ranks == 1 and bool(taken.taps) and not taken.taps.keys() - out
-        valid = ~state.any()
-        if wrong is not None:
-            valid = valid & ~wrong
-        gram = None
         if uses is not None:
             if not self.probes.host or (len(uses.probes) > 1 and bool(uses.repeated.all())):
                 state[_AT["reused"]] |= uses.repeated.any()
-                valid = valid & ~uses.repeated.any()
             else:
                 self._leave_out_reused(uses.probes, uses.repeated, gradient)
             if kept is not None:
                 uses.keep(kept[[probes.index(p) for p in uses.probes]])
-            gram = uses.gram({**self.probes.suspects, **self.probes.reasons}, scale)
-        if gram is None:
-            gram = sum_gram(gradient)[1]
+        out = self.probes.suspects.keys() | self.probes.reasons.keys() | self._late()
+        gone = self.probes.mask(p.name in self.probes.reasons or not p.seen for p in probes)
+        state[_AT["nothing"]] |= bool(taken.taps) & (gone if left_out is None else gone | left_out).all()
+        valid = ~state.any()
+        if wrong is not None:
+            valid = valid & ~wrong
+        gram = sum_gram(gradient)[1] if uses is None else uses.gram(out, scale)
         reading = self.memory.read(gradient, counts.share, self.theta)
         self._open = _Open(reading, gradient, gram, counts, state, valid, left_out, wrong)
 
     def _tolerances(self, probes: Sequence[Probe], half: bool) -> Tensor:
         return tolerances([p.param.dtype for p in probes], half, self.probes.device)
+
+    def _late(self) -> set[str]:
+        """Parameters of layers that were first called after the rows were checked: they count once theirs are."""
+        names = self.row_check.late
+        return {p.name for s in self.probes.sites if s.name in names for p in s.probes.values()} if names else set()
 
     def _judge(self, probes: Sequence[Probe], suspects: Tensor, taken: Collected, state: Tensor) -> Tensor | None:
         """Leave out the parameters that are contradicted: bool [P]. Where the host is not to wait for which, the step
@@ -302,8 +309,9 @@ class Steps:
         state: Tensor,
         suspects: Tensor,
         blamed: Tensor,
+        late: Tensor,
         wrong: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Counts, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Counts, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """One packet of a size that nothing a rank did can change. Gradients are averaged, as DistributedDataParallel
         averages them; what one rank left out, all leave out."""
         assert written is not None
@@ -314,19 +322,19 @@ class Steps:
         flag = torch.zeros((), dtype=torch.bool, device=device) if wrong is None else wrong
         loss = torch.where(counts.given, counts.loss, 0.0)
         parts = [gradient, written, counts.weight, counts.mass, counts.entered, counts.examples, loss]
-        parts += [~counts.given, state, suspects, blamed, lost, seen, check, flag]
+        parts += [~counts.given, state, suspects, blamed, late, lost, seen, check, flag]
         gradient, written, *rest = all_reduce_flat(parts, self._group)
-        weight, mass, entered, examples, loss, silent, state, suspects, blamed, lost, seen, check, wrong = rest
+        weight, mass, entered, examples, loss, silent, state, suspects, blamed, late, lost, seen, check, wrong = rest
         kept = ~self.probes.spread(lost)
         if self.probes.host:
-            self.row_check.agree(check.tolist())
             for probe, gone, used in zip(self.probes.probes.values(), lost.tolist(), seen.tolist(), strict=True):
                 probe.seen = used
                 if gone and probe.name not in self.probes.reasons:
                     self.probes.drop(probe.name, "left out on another rank")
                     self.memory.forget_columns(probe.columns)
+            self.row_check.agree(check.tolist())
         counts = Counts(weight, mass, entered, examples, loss, ~silent)
-        return gradient * kept / ranks, written * kept / ranks, counts, state, suspects, blamed, wrong
+        return gradient * kept / ranks, written * kept / ranks, counts, state, suspects, blamed, late, wrong
 
     def _scale(self) -> Tensor | None:
         """What the loss was multiplied with, or ``None``."""

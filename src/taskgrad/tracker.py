@@ -220,7 +220,7 @@ class TaskGradTracker:
     def coverage(self) -> Coverage:
         """Which parameters the numbers are about, and why the others are not."""
         self._steps.drop_unattributed()
-        return self._probes.coverage(self._row_check.reason)
+        return self._probes.coverage(self._row_check.reason, self._row_check.late)
 
     def verify(self, *args: Any, **kwargs: Any) -> Coverage:
         """Check inside ``with tracker.batch(ids)`` that the rows of every layer are the rows of the batch.

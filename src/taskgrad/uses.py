@@ -5,7 +5,7 @@ The Gram of a sum is not the sum of Grams, so a parameter counts only where it i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,7 @@ class Uses:
         """Only parameters with ``kept`` [P], bool, are in the Gram."""
         self.grams = [gram * flag for gram, flag in zip(self.grams, kept, strict=True)]
 
-    def gram(self, without: dict[str, str], scale: Tensor | None) -> Tensor:
+    def gram(self, without: Collection[str], scale: Tensor | None) -> Tensor:
         """The step's Gram [T + 1, T + 1], float64, but for the parameters named in ``without``; symmetric."""
         # not by indexing one tensor: a GPU would be waited for while the indices are on their way
         kept = [gram for probe, gram in zip(self.probes, self.grams, strict=True) if probe.name not in without]

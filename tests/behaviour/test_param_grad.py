@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -828,3 +830,20 @@ def test_suspects_are_part_of_the_state() -> None:
             optimizer.zero_grad()
         runs.append((tracker.report().to_dict(), tracker.coverage().unattributed))
     assert runs[0] == runs[1] and set(runs[0][1]) == {"0.weight"}
+
+
+def test_a_batch_that_is_never_entered_is_freed() -> None:
+    _, _, tracker = make()
+    batches = [weakref.ref(tracker.batch(IDS)) for _ in range(3)]
+    gc.collect()
+    assert all(batch() is None for batch in batches)
+
+
+def test_many_micro_batches_cost_the_same_each() -> None:
+    model, optimizer, tracker = make(verify=False)
+    for _ in range(400):
+        passes(model, tracker)
+    assert len(tracker._batches.pending) == 400
+    optimizer.step()
+    assert tracker.report().valid and tracker.report().examples.tolist() == [1600, 1600]
+    assert tracker._batches.pending == []

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import taskgrad as tg
 from tests.utils.oracle import separate_backwards
@@ -83,7 +84,19 @@ def penalised(model: Model, h: Tensor, p: Tensor) -> Tensor:
     return (h + p) * (1 + p.square().mean())
 
 
+def tagged(model: Model, h: Tensor, p: Tensor) -> Tensor:
+    p.tag = "the model's own"  # type: ignore[attr-defined]
+    return keep(model, h, p)
+
+
+def checkpointed(model: Model, h: Tensor, p: Tensor) -> Tensor:
+    return checkpoint(lambda h: torch.tanh(h + p), h, use_reentrant=False)  # type: ignore[no-any-return]
+
+
 ADDED: dict[str, Use] = {
+    "tagged": tagged,
+    "checkpointed": checkpointed,
+    "checkpointed argument": lambda m, h, p: checkpoint(lambda a, b: (a + b).sin(), h, p, use_reentrant=False),
     "+": lambda m, h, p: h + p,
     "reversed": lambda m, h, p: p + h,
     "+=": in_place,
@@ -156,7 +169,8 @@ def test_additions_are_split_by_task(name: str, verify: bool) -> None:
     for parameter, parts in tracker.task_gradients().items():
         assert relative_error(parts, oracle[parameter]) < 1e-10, parameter
     if isinstance(model.kept, Tensor):  # what the model keeps is a plain tensor
-        assert type(model.kept) is Tensor and not model.kept.__dict__
+        assert type(model.kept) is Tensor and not model.kept.__dict__.keys() - {"tag"}
+        assert name != "tagged" or model.kept.tag == "the model's own"
         torch.save(model.kept, io.BytesIO())
         assert model.kept.retains_grad == twin.kept.retains_grad == (name == "gradient kept")
         if model.kept.retains_grad:
@@ -233,3 +247,20 @@ def test_compiled(name: str) -> None:
         twin(x).square().sum((1, 2)).mean().backward()
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             assert p.grad is not None and q.grad is not None and relative_error(p.grad, q.grad) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_second_use_is_seen_in_half_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for use, added in (
+        (lambda m, h, p: h + p + 0.05 * torch.tanh(p.flip(1)), False),
+        (lambda m, h, p: h + p + p, True),
+    ):
+        model = Model(use).to(dtype)
+        tracker = tg.track(model, ["a", "b"])
+        for _ in range(3):
+            with tracker.batch(IDS):
+                model(torch.randint(11, (5, 6))).square().mean().backward()
+            tracker.step()
+            model.zero_grad()
+        assert (tracker.coverage().fraction == 1) == added, tracker.coverage()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.segment_sum import stat_dtype
 from ..rows import Rows
 from ..sketch import scaled
 from .base import (
@@ -74,8 +75,8 @@ class _Row(torch.autograd.Function):
                 return None, None, None, stray
             d_echo = torch.zeros_like(d_row)
         dw = torch.ops.aten.embedding_dense_backward(d_row, index, ctx.num_embeddings, ctx.padding_idx, False)
-        apart, size = (d_row - d_echo).abs().sum(), d_row.abs().sum()
-        stray = torch.where(apart > 8 * torch.finfo(d_row.dtype).eps * size, 1.0, 0.0)
+        apart, size = (d_row - d_echo).abs().sum(dtype=stat_dtype(d_row)), d_row.abs().sum(dtype=stat_dtype(d_row))
+        stray = torch.where(apart > 1e-6 * size, 1.0, 0.0)  # they are sums of the same tensors in the same order
         return None, dw, None, stray.to(torch.float32)
 
 

@@ -8,6 +8,7 @@ its site, any other runs the class's own. Nothing is written to an instance.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import types
@@ -37,7 +38,8 @@ def forget_compiled() -> None:
     guards on no class's ``forward``, so it is to compile again."""
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
-        dynamo.reset()
+        with contextlib.suppress(AttributeError):  # another thread has not finished its import: nothing was compiled
+            dynamo.reset()
 
 
 def class_forward(cls: type[nn.Module]) -> Forward:

@@ -36,6 +36,7 @@ class SharedRow(torch.Tensor):
     spread: Callable[[Tensor], Tensor] | None
     see: Callable[[Tensor], None] | None = None  # shown the rows that it is added to, while rows are checked
     traced = False  # made while torch.compile traces
+    packed = False  # added where saved tensors are packed, as in activation checkpointing, which adds it once more
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -65,10 +66,13 @@ def shared_row(row: Tensor, examples: int, spread: Callable[[Tensor], Tensor] | 
 
 
 def make_plain(rows: list[Tensor]) -> None:
-    """Turn each ``SharedRow`` into the plain tensor that it is, wherever a model or a hook keeps it; empty the list."""
+    """Turn each ``SharedRow`` into the plain tensor that it is, wherever a model or a hook keeps it; empty the list.
+    What activation checkpointing will add once more has to stay what it is."""
     for row in rows:
-        row.__class__ = torch.Tensor
-        row.__dict__.clear()
+        if isinstance(row, SharedRow) and not row.packed:
+            row.__class__ = torch.Tensor  # type: ignore[assignment]
+            for name in ("examples", "spread", "see", "packed"):
+                row.__dict__.pop(name, None)
     rows.clear()
 
 
@@ -91,6 +95,8 @@ def _spread(x: Any, other: Any) -> Any:
         return x
     if torch.compiler.is_compiling() and not x.traced:  # it came into a compiled part from outside
         return x
-    if x.see is not None and not torch.compiler.is_compiling():
-        x.see(other)
+    if not torch.compiler.is_compiling():
+        if x.see is not None:
+            x.see(other)
+        x.packed |= torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     return x if x.spread is None else x.spread(_plain(x))
