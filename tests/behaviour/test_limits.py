@@ -82,3 +82,28 @@ def test_several_losses_of_one_example_are_refused() -> None:
             model(torch.randn(7, 4)).square().mean().backward()
         tracker.step()
     assert not tracker.report().valid
+
+
+def test_rows_that_are_declared_are_what_the_ids_fit() -> None:
+    """Another layer on other rows is left out by name: the ids are not to blame."""
+
+    class Gathered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 3), nn.Linear(3, 2)
+            self.rows: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            order = torch.arange(len(x)).flip(0)
+            with self.rows(IDS[order]):
+                inner = self.inner(x[order])
+            return self.outer(inner.repeat_interleave(2, 0))
+
+    model = Gathered()
+    tracker = tg.track(model, TASKS)
+    model.rows = tracker.rows
+    with pytest.warns(UserWarning, match=r"outer\.weight"):
+        with tracker.batch(IDS):
+            model(torch.randn(7, 4)).square().mean().backward()
+        tracker.step()
+    assert tracker.report().valid and set(tracker.coverage().attributed) == {"inner.weight", "inner.bias"}

@@ -660,6 +660,7 @@ def test_a_step_that_calls_the_step_of_its_base_class() -> None:
         assert_follows(model, tracker, step(model, optimizer))
         assert tracker.report().step == number
         optimizer.zero_grad()
+    assert tracker._steps.silence._steps == 0  # the inner call is no step without a batch
 
 
 # -- what is not finite, and what nothing is left of -------------------------------------------------------------------
@@ -847,3 +848,19 @@ def test_many_micro_batches_cost_the_same_each() -> None:
     optimizer.step()
     assert tracker.report().valid and tracker.report().examples.tolist() == [1600, 1600]
     assert tracker._batches.pending == []
+
+
+def test_gradients_clamped_in_the_middle_of_the_backward_pass() -> None:
+    """By a hook on a module: those of the layers after it have been added already."""
+    model, optimizer, tracker = make()
+
+    def hook(module: nn.Module, grad_input: object, grad_output: object) -> None:
+        clamp(model[3].weight)
+
+    model[1].register_full_backward_hook(hook)
+    for _ in range(6):
+        passes(model, tracker)
+        step(model, optimizer)
+        optimizer.zero_grad()
+        assert not tracker.report().valid
+    assert tracker.coverage().fraction == 1
