@@ -59,6 +59,7 @@ class Probes:
         self.sites: list[Site] = []
         self.suspects: dict[str, str] = {}  # left out of a step's numbers, not yet for good
         self.width = 0
+        self._widths: Tensor | None = None
         self.accumulation = Accumulation(lambda: self.probes.values())
         self._warned: set[str] = set()
         claimed: set[str] = set()
@@ -161,6 +162,7 @@ class Probes:
         probe.columns = slice(self.width, self.width + probe.sketch.dim)
         self.probes[probe.name] = probe
         self.width += probe.sketch.dim
+        self._widths = None
 
     def adopt(
         self, probes: Sequence[Probe], seen: Sequence[bool], left_out: Mapping[str, str], suspects: Mapping[str, str]
@@ -303,7 +305,9 @@ class Probes:
 
     def widths(self) -> Tensor:
         """Columns of every probe, int64 [P]."""
-        return torch.tensor([p.sketch.dim for p in self.probes.values()], device="cpu").to(self.device)
+        if self._widths is None or self._widths.device != self.device:
+            self._widths = torch.tensor([p.sketch.dim for p in self.probes.values()], device="cpu").to(self.device)
+        return self._widths
 
     def mask(self, flags: Iterable[bool]) -> Tensor:
         """Flags on the device, bool; [P] for one of every probe."""

@@ -219,7 +219,8 @@ class Steps:
             suspects = torch.zeros(len(probes), dtype=torch.bool, device=gradient.device)
         else:
             suspects = differing(squares, self._tolerances(probes, half), unscaled.dtype)
-        late = self.probes.mask(p.name in self._late() for p in probes)
+        waiting = self._late()
+        late = self.probes.mask(p.name in waiting for p in probes)
         blamed = self.probes.mask(p.name in taken.foreign or p.name not in taken.others for p in probes)
         written = taken.all_written(probes, unscaled) if taken.written or ranks > 1 else None
         counts = counts_of(ran, len(self.tasks), gradient.device)
@@ -262,13 +263,15 @@ class Steps:
                 self._leave_out_reused(uses.probes, uses.repeated, gradient)
             if kept is not None:
                 uses.keep(kept[[probes.index(p) for p in uses.probes]])
-        out = self.probes.suspects.keys() | self.probes.reasons.keys() | self._late()
         gone = self.probes.mask(p.name in self.probes.reasons or not p.seen for p in probes)
         state[_AT["nothing"]] |= bool(taken.taps) & (gone if left_out is None else gone | left_out).all()
         valid = ~state.any()
         if wrong is not None:
             valid = valid & ~wrong
-        gram = sum_gram(gradient)[1] if uses is None else uses.gram(out, scale)
+        if uses is None:
+            gram = sum_gram(gradient)[1]
+        else:
+            gram = uses.gram(self.probes.suspects.keys() | self.probes.reasons.keys() | waiting, scale)
         reading = self.memory.read(gradient, counts.share, self.theta)
         self._open = _Open(reading, gradient, gram, counts, state, valid, left_out, wrong)
 

@@ -71,7 +71,7 @@ def test_zeroed_between_forward_and_backward_and_a_step_skipped(set_to_none: boo
             loss.backward()
         if k == skipped:
             continue
-        assert_follows(model, tracker, step(model, optimizer)), k
+        assert_follows(model, tracker, step(model, optimizer))
         assert tracker.report().examples.tolist() == [4, 4]
     assert tracker.coverage().fraction == 1
 
