@@ -26,6 +26,7 @@ class Batch:
         mass: float64 [T + 1], the share of each task's rows in the loss, 1 in all for a mean over the batch.
         entered: the same times what the task's losses were multiplied with; 1 for rest.
         task_losses: [T + 1], the rows' losses times their shares, summed by task; ``None`` without ``losses``.
+        advance: whether it is one more batch of the loader, rather than a further one on the same.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Batch:
         task_rows: Rows,
         weight: Tensor | None,
         loss_weight: Tensor | None,
+        advance: bool,
         enter: Callable[[Batch], None],
         leave: Callable[[Batch, bool], None],
         ran: Callable[[Batch], None],
@@ -47,6 +49,7 @@ class Batch:
             self.entered = torch.cat([self.mass[:-1] * loss_weight.to(self.mass.device), self.mass[-1:]])
         self.task_losses: Tensor | None = None
         self.graded = True  # entered with gradients on
+        self.advance = advance
         self._weight, self._enter, self._leave, self._ran = weight, enter, leave, ran
 
     def backward(self) -> None:

@@ -1,11 +1,16 @@
-"""Reports on their way from the device: copied without waiting, built when they are asked for."""
+"""Reports on their way from the device: copied without waiting, built when they are asked for.
+
+``Mailbox`` keeps the newest, for whoever asks; a ``Listener`` is told of every one.
+"""
 
 from __future__ import annotations
 
 import math
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +61,7 @@ class Delivery:
         block = values.pop("block")
         # without sketching there is no error to compute
         self.sketches = None if all(m.exact for m in maps) else Sketches(block, maps)
+        self._sketched = None if self.sketches is None else weakref.ref(self.sketches)
         self.event: torch.cuda.Event | None = None
         if device.type == "cuda":
             self.values = {k: v.to("cpu", non_blocking=True) for k, v in values.items()}
@@ -72,8 +78,11 @@ class Delivery:
         if self.event is not None:
             self.event.synchronize()
 
-    def build(self) -> StepReport:
-        """The report. Raises ValueError where ids or weights on the GPU were wrong: they are seen only now."""
+    @cached_property
+    def report(self) -> StepReport:
+        """The report; waits for it. Raises ValueError where ids or weights on the GPU were wrong: they are seen only
+        now."""
+        self.wait()
         values = dict(self.values)
         wrong = values.pop("wrong", None)
         if wrong is not None and bool(wrong):
@@ -97,9 +106,22 @@ class Delivery:
             valid=True,
             reason=None,
             loss=loss,
-            _sketches=None if self.sketches is None else weakref.ref(self.sketches),
+            _sketches=self._sketched,
             **values,
         )
+
+
+class Listener(Protocol):
+    """Who follows a tracker."""
+
+    def counted(self) -> None:
+        """The training loop is through with a batch."""
+
+    def closed(self, delivery: Delivery, lr: Callable[[], float | None]) -> None:
+        """A step has closed, in order; ``lr`` is what its optimizer stepped with."""
+
+    def lost(self) -> None:
+        """Nothing more will come."""
 
 
 class Mailbox:
@@ -129,10 +151,11 @@ class Mailbox:
     def _take(self, build: bool = False) -> None:
         """Drop what a newer arrival supersedes; build the newest arrival when asked."""
         while len(self._on_the_way) > 1 and self._on_the_way[1].arrived:
-            self._on_the_way.popleft()
+            self._on_the_way.popleft().sketches = None  # whoever else waits for it must not keep them
         if build and self._on_the_way and self._on_the_way[0].arrived:
             delivery = self._on_the_way.popleft()
-            self.report, self._sketches = delivery.build(), delivery.sketches
+            self.report, self._sketches = delivery.report, delivery.sketches
+            delivery.sketches = None
 
 
 def invalid_report(

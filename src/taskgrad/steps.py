@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,7 @@ class Steps:
         self.memory = TaskMemory(len(tasks), probes.widths(), memory_decay, dtype, probes.device)
         self.overwriting = Overwriting(len(tasks), probes.device)
         self.mail = Mailbox()
+        self.on_close: Callable[[Delivery], None] | None = None
         self.silence = Silence()
         self.theta = probes.theta()
         self.misfit: str | None = None  # what a layer said of ids that fitted none
@@ -396,11 +397,14 @@ class Steps:
             values["wrong"] = step.wrong
         # an exact Gram has no sketching error
         maps = () if self.probes.grams else tuple(p.sketch for p in self.probes.probes.values())
-        self.mail.send(Delivery(self.tasks, self.count, values, maps))
+        delivery = Delivery(self.tasks, self.count, values, maps)
+        self.mail.send(delivery)
         if self.probes.device.type == "cpu" and not bool(step.valid):  # also where nobody asks for reports
             report = self.mail.newest(wait=False)
             if report is not None:
                 self.silence.hear(report)
+        if self.on_close is not None:
+            self.on_close(delivery)
 
     def _since_seen(self) -> Tensor:
         last = self.memory.last_seen

@@ -19,6 +19,7 @@ from .batches import Batch, Batches
 from .capture.shared_row import make_plain
 from .closing import StepHooks
 from .coverage import Coverage
+from .delivery import Delivery, Listener
 from .probe import StepProbe
 from .probes import Probes
 from .reduce import world_size
@@ -55,11 +56,12 @@ class TaskGradTracker:
         self.mode = mode
         self.accumulate = accumulate
         self.sketch_dim = sketch_dim
+        self.process_group = process_group
         self._batches = Batches()
         width = None if mode == "exact" and accumulate else sketch_dim
         self._probes = Probes(model, self._batches, len(self.tasks), width, SKETCH_SEED, include, not accumulate)
         try:
-            self._root = RootHooks(model, lambda args, kwargs: None, self._returned)
+            self._root = RootHooks(model, self._called, self._returned)
             self._row_check = RowCheck(model, self._batches, self._probes.sites, verify, process_group)
             self._steps = Steps(
                 self.tasks,
@@ -73,6 +75,7 @@ class TaskGradTracker:
                 by_hand=not optimizers,
             )
             self._removed = False
+            self._listener: Listener | None = None
             self._hooks = StepHooks(optimizers, self._steps) if optimizers else None
         except BaseException:
             self._probes.remove()  # a tracker that was not made leaves nothing behind
@@ -85,6 +88,7 @@ class TaskGradTracker:
         *,
         weight_total: float | Tensor | None = None,
         loss_weight: Any = None,
+        advance: bool = True,
     ) -> Batch:
         """Attribute the rows of the forward pass inside the context to tasks.
 
@@ -117,6 +121,8 @@ class TaskGradTracker:
                             per_example = loss_fn(model(x), y)
                             b.losses(per_example)
                             (factor[ids].to(per_example) * per_example).mean().backward()
+            advance: for a sampler that follows this tracker: this is one more batch of its loader. False for further
+                ones on the same batch of the loader (GANs, SAM, contrastive pairs).
 
         Raises:
             TypeError, ValueError: ids, weight, weight_total or loss_weight of the wrong dtype, shape or range.
@@ -133,7 +139,7 @@ class TaskGradTracker:
         if loss_weight is not None:
             loss_weight = check_loss_weight(loss_weight, len(self.tasks))
         rows = self._rows(ids, weight, weight_total)
-        return Batch(rows, weight, loss_weight, self._enter, self._leave, self._ran)
+        return Batch(rows, weight, loss_weight, advance, self._enter, self._leave, self._ran)
 
     def _rows(self, ids: Tensor, weight: Tensor | None = None, total: float | Tensor | None = None) -> Rows:
         with torch.inference_mode(False):
@@ -163,6 +169,7 @@ class TaskGradTracker:
         with torch.inference_mode(False):  # what training writes later, also where this is an evaluation
             self._steps.begin()
         self._batches.enter(batch)
+        self._with_gradients = self._without_gradients = False
         self._root.put()
         self._row_check.enter(batch.task_rows)
 
@@ -177,6 +184,38 @@ class TaskGradTracker:
                 "tracker.verify(*inputs) inside tracker.batch() with a batch that can tell, or pass verify=False",
                 stacklevel=4,
             )
+        evaluation = not batch.graded or (self._without_gradients and not self._with_gradients)
+        if self._listener is not None and batch.advance and (failed or not evaluation):
+            self._listener.counted()
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model's forward begins."""
+        if torch.is_grad_enabled():
+            self._with_gradients = True
+        else:
+            self._without_gradients = True
+
+    def subscribe(self, listener: Listener | None) -> None:
+        """Tell ``listener`` of every batch that is left and every step that closes, in the place of the one before
+        (``AdaptiveBatchSampler.follow`` calls this)."""
+        if self._removed:
+            raise RuntimeError("this tracker was removed from the model; track() again")
+        if self._listener is not None:
+            self._listener.lost()
+        self._listener = listener
+        self._steps.on_close = None if listener is None else self._closed
+
+    def _closed(self, delivery: Delivery) -> None:
+        if self._listener is not None:
+            self._listener.closed(delivery, self._lr())
+
+    def _lr(self) -> Callable[[], float | None]:
+        """The learning rate that the step was taken with; on a GPU it is read when it is needed."""
+        if self._hooks is None:
+            return lambda: None
+        lr = self._hooks.optimizers[0].param_groups[0]["lr"]
+        taken = lr.detach().clone() if isinstance(lr, Tensor) else lr
+        return lambda: float(taken)
 
     def _returned(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The model's forward is over: what it gives away is what it would be without tracking."""
@@ -268,6 +307,8 @@ class TaskGradTracker:
 
     def remove(self) -> None:
         """Take every hook and patch off the model and the optimizers. The tracker keeps its last report."""
+        if not self._removed:
+            self.subscribe(None)
         self._removed = True
         self._probes.remove()
         if self._hooks is not None:

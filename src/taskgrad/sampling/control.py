@@ -1,10 +1,15 @@
-"""From reports to ledger entries: the policy, its state, the guards, and what waits to take effect."""
+"""From reports to ledger entries: the policy, its state, the guards, and what waits to take effect.
+
+What is decided on batch j enters the stream at the first multiple of ``update_every`` that is at least j + 1 + ``delay``
+(j counted from 0, so j + 1 batches are consumed by then). Neither number is read from the loader, so the stream does not
+depend on it, as long as the loader draws at most ``delay`` batches ahead.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .._text import printable
+from .agreement import Agreement
 from .arrays import FloatArray, IntArray, frozen_floats
 from .guards import check_shares
 from .index import IndexEngine
@@ -19,6 +25,9 @@ from .ledger import Ledger
 from .policies.base import PolicyState
 from .quota import from_units, to_units
 from .settings import Settings
+from .stream import Stream
+
+_REPLAY = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ class Realised:
     """What was drawn up to a batch, against what was intended; arrays [T].
 
     ``examples`` int64; ``share`` of all examples; ``intended``: mean of the weights over the same batches;
-    ``epochs``: passes over each task's examples; ``probes`` int64: slots that ``probe_every`` took; ``capped``: tasks
+    ``epochs``: passes over each task's examples, ``None`` where only shares are known; ``probes`` int64: slots that ``probe_every`` took; ``capped``: tasks
     drawn ``max_epochs`` times, which get no more.
     """
 
@@ -35,7 +44,7 @@ class Realised:
     examples: IntArray
     share: FloatArray
     intended: FloatArray
-    epochs: FloatArray
+    epochs: FloatArray | None
     probes: IntArray
     capped: tuple[str, ...]
 
@@ -43,10 +52,11 @@ class Realised:
         names = [printable(task, 40) for task in self.tasks]
         width = max(4, *(len(name) for name in names))
         lines = [f"{self.batches} batches", f"{'task':<{width}}  examples   share  intended  epochs  probes"]
+        passes = ["     -"] * len(names) if self.epochs is None else [f"{n:>6.2f}" for n in self.epochs]
         for t, task in enumerate(self.tasks):
             lines.append(
                 f"{names[t]:<{width}}  {self.examples[t]:>8}  {self.share[t]:.4f}    {self.intended[t]:.4f}  "
-                f"{self.epochs[t]:>6.2f}  {self.probes[t]:>6}" + ("  capped" if task in self.capped else "")
+                f"{passes[t]}  {self.probes[t]:>6}" + ("  capped" if task in self.capped else "")
             )
         return "\n".join(lines)
 
@@ -64,8 +74,8 @@ class _Decision:
 
 
 class Control:
-    """Owns ledger and engine. A decision waits until a batch that it is for is drawn, or one for a later batch comes:
-    of the reports that count for the same batch, the last one wins, and entries are appended in order."""
+    """Owns ledger and engine. A decision waits until no report can replace it, or a batch that it is for is drawn: of
+    the reports that count for the same batch, the last one wins, and entries are appended in order."""
 
     def __init__(self, settings: Settings, policy: Any, tasks: tuple[str, ...]) -> None:
         self.settings = settings
@@ -73,6 +83,7 @@ class Control:
         self.tasks = tasks
         self.eval_losses: dict[str, float] | None = None
         self.evaluations = 0
+        self.agreement: Agreement | None = None
         self.open_era(Ledger(settings.sizes, data=settings.data))
 
     @property
@@ -80,16 +91,21 @@ class Control:
         """Class name of the policy, with that of the policy it wraps: their memories must not be mistaken."""
         return _name(self.policy)
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether the policy reads reports."""
+        return bool(getattr(self.policy, "adaptive", True))
+
     def open_era(self, ledger: Ledger) -> None:
         """Start an empty ledger with the policy's first weights and its schedule, and an empty policy memory."""
         self.memory: dict[str, Any] = {}
         self.eval_losses = None
         self.evaluations = 0
-        self._waiting: _Decision | None = None
+        self._waiting: list[_Decision] = []
         self._last_step: int | None = None
         self._newest: int | None = None  # after a load a tracker may count its steps from 0 again
         self.ledger = ledger
-        self.engine = self._new_engine()
+        self.engine = self._new_engine(ledger)
         state = self._policy_state(ledger.start - 1, None, self.settings.natural)
         first = self.policy.initial(state) if hasattr(self.policy, "initial") else state.natural
         self._commit(ledger.start, check_shares(first, self.tasks, self.policy_name), "initial")
@@ -115,8 +131,18 @@ class Control:
         self.eval_losses = eval_losses
         self.evaluations += 1
 
-    def decide(self, report: Any, batch: int, drawn: int, lr: float | None) -> None:
-        """Ask the policy about the report on ``batch``; ``drawn`` batches are out of reach already."""
+    def decide(self, report: Any, batch: int, lr: float | None, stream: Stream, drawn: int) -> None:
+        """Ask the policy about the report on ``batch``, given when ``drawn`` batches were out of reach already."""
+        if not report.valid:
+            return
+        due = effective = self._due(batch)
+        if effective < drawn and self.agreement is None:
+            effective = self._slot(drawn)
+            stream.late(batch, due, effective)
+        self._ask(report, batch, lr, effective, due)
+
+    def decide_by_hand(self, report: Any, batch: int, lr: float | None, stream: Stream) -> None:
+        """The same for a report that was handed in; raises ValueError where the change comes too late."""
         step = getattr(report, "step", None)
         if step is not None:
             if self._newest is not None and step < self._newest:
@@ -127,28 +153,76 @@ class Control:
             self._newest = step
         if not report.valid or (step is not None and step == self._last_step):
             return
-        every = self.settings.update_every
-        effective = max(batch + 1 + self.settings.delay, self.ledger[-1].effective_at + 1)
-        effective = -(-effective // every) * every
-        if effective < drawn:
+        due = self._due(batch)
+        if due < stream.drawn:
             raise ValueError(
-                f"the change from the report on batch {batch} takes effect at batch {effective}, but {drawn} batches "
-                f"are already drawn: build the sampler with delay={drawn - batch - 1} or more (a DataLoader draws "
-                "num_workers x prefetch_factor batches ahead; Accelerate and Lightning may add one), or call update() "
-                "once for every batch of the loader, micro-batches included"
+                f"the change from the report on batch {batch} takes effect at batch {due}, but {stream.drawn} batches "
+                f"are already drawn{stream.why_ahead(batch)}"
             )
+        self._ask(report, batch, lr, due, due)
+        self._last_step = step
+
+    def _due(self, batch: int) -> int:
+        least = max(batch + 1 + self.settings.delay, self.ledger[-1].effective_at + 1)
+        return self._slot(max(least, self._waiting[-1].effective_at) if self._waiting else least)
+
+    def _slot(self, batch: int) -> int:
+        """The first batch from ``batch`` on at which weights may change."""
+        every = self.settings.update_every
+        return -(-batch // every) * every
+
+    def _ask(self, report: Any, batch: int, lr: float | None, effective: int, due: int) -> None:
         self.enter_before(effective)
         state = self._policy_state(batch, lr, from_units(self.ledger.at(batch).weights))
         shares = check_shares(self.policy.weights(report, state), self.tasks, self.policy_name)
-        self._waiting = _Decision(effective, shares, f"report on batch {batch}")
-        self._last_step = step
+        late = "" if effective == due else f", late: due at {due}"
+        if self._waiting and self._waiting[-1].effective_at == effective:
+            self._waiting.pop()
+        self._waiting.append(_Decision(effective, shares, f"report on batch {batch}{late}"))
 
     def enter_before(self, batch: int) -> None:
-        """Enter the waiting decision if it is for a batch before ``batch``."""
-        waiting = self._waiting
-        if waiting is not None and waiting.effective_at < batch:
-            self._waiting = None
-            self._commit(waiting.effective_at, waiting.shares, waiting.cause)
+        """Enter what waits for batches before ``batch``. Several ranks have to agree first."""
+        while self.agreement is None and self._waiting and self._waiting[0].effective_at < batch:
+            decision = self._waiting.pop(0)
+            self._commit(decision.effective_at, decision.shares, decision.cause)
+
+    # -- several ranks ------------------------------------------------------------------------------------------------
+
+    def settle(self, stream: Stream, hand_over: Callable[[int], None]) -> None:
+        """Between ranks a decision is agreed on once so many batches are consumed that no report can change it, and a
+        few more, so that nobody waits for a device: at the same count on every rank, whatever its loader has drawn."""
+        if self.agreement is None:
+            return
+        delay = self.settings.delay
+        while stream.consumed >= self._next_slot - delay + min(delay // 8, 8):
+            hand_over(self._next_slot - 1 - delay)
+            self._agree(self._next_slot, stream)
+            self._next_slot += self.settings.update_every
+
+    def agree_with(self, agreement: Agreement, consumed: int) -> None:
+        """From now on decisions are entered as the ranks agree."""
+        if self.agreement is None:
+            first = self._slot(max(consumed, self.ledger.start + 1) + self.settings.delay)
+            self._next_slot = min([first, *(decision.effective_at for decision in self._waiting)])
+        self.agreement = agreement
+
+    def _agree(self, slot: int, stream: Stream) -> None:
+        assert self.agreement is not None
+        decision = self._waiting[0] if self._waiting and self._waiting[0].effective_at <= slot else None
+        units, bound = (None, ()) if decision is None else self._guarded(decision.shares)
+        units, drawn = self.agreement.agree(self.ledger.digest(), units, stream.drawn, len(self.tasks))
+        if decision is None or units is None:
+            return
+        del self._waiting[0]
+        due = decision.effective_at
+        if drawn > due:
+            effective = self._slot(drawn)
+            stream.late(slot - 1 - self.settings.delay, due, effective)
+            if not self._waiting or self._waiting[0].effective_at > effective:
+                moved = replace(decision, effective_at=effective, cause=f"{decision.cause}, late: due at {due}")
+                self._waiting.insert(0, moved)
+            return
+        self._enter(due, units, decision.cause, bound)
 
     def realised(self, stop: int) -> Realised:
         """Drawn against intended mix in this era's batches before ``stop``."""
@@ -161,7 +235,7 @@ class Control:
             examples=examples.copy(),
             share=examples / max(int(examples.sum()), 1),
             intended=self.ledger.mean(start, stop),
-            epochs=examples / settings.sizes,
+            epochs=None if settings.fresh else examples / settings.sizes,
             probes=self.engine.probes(stop).copy(),
             capped=tuple(self.tasks[t] for t in np.flatnonzero(used_up)),
         )
@@ -177,10 +251,9 @@ class Control:
             memory = json.loads(json.dumps(self.memory, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self.policy_name} keeps in state.memory what JSON cannot hold: {error}") from None
-        waiting = self._waiting
         return {
             "ledger": self.ledger.to_dict(),
-            "waiting": waiting and [waiting.effective_at, waiting.shares.tolist(), waiting.cause],
+            "waiting": [[d.effective_at, d.shares.tolist(), d.cause] for d in self._waiting],
             "memory": memory,
             "eval_losses": self.eval_losses,
             "evaluations": self.evaluations,
@@ -196,39 +269,55 @@ class Control:
         found = {snapshot["batch"]: snapshot for snapshot in map(self.engine.snapshot, sorted(batches))}
         return [snapshot for batch, snapshot in found.items() if batch > start]
 
-    def restore(self, state: Mapping[str, Any], ledger: Ledger) -> None:
-        """Take over what ``to_dict`` wrote; ``ledger`` is its ledger, checked by the caller."""
-        self.ledger = ledger
-        self.engine = self._new_engine()
+    def prepare(self, state: Mapping[str, Any], ledger: Ledger) -> IndexEngine:
+        """The engine for a saved state, at its batch; raises ValueError where its snapshots do not fit."""
+        engine = self._new_engine(ledger)
         for entry in ledger:
-            self.engine.commit(entry.effective_at, entry.weights)
-        for snapshot in state.get("snapshots", []):
-            self.engine.restore(snapshot)
-        waiting = state["waiting"]
-        self._waiting = waiting and _Decision(waiting[0], frozen_floats(waiting[1]), waiting[2])
+            engine.commit(entry.effective_at, entry.weights)
+        at = ledger.start
+        for snapshot in state["snapshots"]:
+            if engine.restore(snapshot):
+                at = max(at, snapshot["batch"])
+        while at < state["consumed"]:  # in pieces, so that it can be interrupted
+            at = min(at + _REPLAY, state["consumed"])
+            engine.totals(at)
+        return engine
+
+    def restore(self, state: Mapping[str, Any], ledger: Ledger, engine: IndexEngine) -> None:
+        """Take over what ``to_dict`` wrote, checked by the caller; ``engine`` is from ``prepare``."""
+        self.ledger, self.engine = ledger, engine
+        self._waiting = [_Decision(at, frozen_floats(shares), cause) for at, shares, cause in state["waiting"]]
         self.memory = copy.deepcopy(state["memory"])
         self.eval_losses = copy.copy(state["eval_losses"])
         self.evaluations = state["evaluations"]
         self._last_step = state["last_step"]
         self._newest = None
+        self.agreement = None
 
-    def _new_engine(self) -> IndexEngine:
+    def _new_engine(self, ledger: Ledger) -> IndexEngine:
         settings = self.settings
         return IndexEngine(
             settings.seed,
             settings.sizes,
-            settings.batch_size,
-            first_batch=self.ledger.start,
-            era=self.ledger.era,
+            settings.global_batch_size,
+            first_batch=ledger.start,
+            era=ledger.era,
+            num_replicas=settings.num_replicas,
             probe_every=settings.probe_every,
             max_draws=settings.max_draws,
         )
 
     def _commit(self, effective_at: int, shares: FloatArray, cause: str) -> None:
-        last = self.ledger[-1].weights if len(self.ledger) else None
-        weights, bound = self.settings.guards.apply(shares, None if last is None else from_units(last))
-        units = to_units(weights)
-        if last is None or not np.array_equal(units, last):
+        units, bound = self._guarded(shares)
+        self._enter(effective_at, units, cause, bound)
+
+    def _guarded(self, shares: FloatArray) -> tuple[IntArray, tuple[str, ...]]:
+        last = from_units(self.ledger[-1].weights) if len(self.ledger) else None
+        weights, bound = self.settings.guards.apply(shares, last)
+        return to_units(weights), bound
+
+    def _enter(self, effective_at: int, units: IntArray, cause: str, bound: tuple[str, ...]) -> None:
+        if not len(self.ledger) or not np.array_equal(units, self.ledger[-1].weights):
             self.ledger.append(effective_at, units, cause, bound)
             self.engine.commit(effective_at, units)
 
@@ -237,17 +326,17 @@ class Control:
         drawn = self.engine.totals(batch + 1)
         return PolicyState(
             tasks=self.tasks,
-            sizes=settings.sizes,
+            sizes=None if settings.fresh else settings.sizes,
             natural=settings.natural,
             importance=settings.importance,
             critical=settings.critical,
-            batch_size=settings.batch_size,
+            batch_size=settings.global_batch_size,
             horizon=settings.horizon,
             lr=lr,
             step=batch,
             budget=settings.guards.budget,
             realised=frozen_floats(drawn / max(int(drawn.sum()), 1)),
-            epochs=frozen_floats(drawn / settings.sizes),
+            epochs=None if settings.fresh else frozen_floats(drawn / settings.sizes),
             weights=frozen_floats(weights),
             eval_losses=None if self.eval_losses is None else MappingProxyType(self.eval_losses),
             memory=self.memory,

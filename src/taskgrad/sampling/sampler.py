@@ -1,35 +1,36 @@
 """Samplers whose task mix follows the training run.
 
-Three counters, all in batches of the whole run (global over epochs and ranks, from 0):
-
-- drawn: batches handed to the loader. A DataLoader with W workers and prefetch factor P is W x P batches ahead of the
-  training loop; Accelerate and Lightning may add one.
-- reported: batches that ``update`` was called for, that is: consumed. This is what a checkpoint holds.
-- effective: what ``update`` decides on batch j enters the stream at the first multiple of ``update_every`` that is at
-  least j + 1 + ``delay`` (j counted from 0, so j + 1 batches are consumed by then). ``delay`` must be at least the
-  number of batches the loader is ahead, W x P; ``update`` raises when it is not, and says how much is needed. Neither
-  number is read from the loader, so the stream does not depend on it.
+``Stream`` says where the run is, ``Control`` what the next batches are made of, ``Following`` brings both what a tracker
+tells.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from .arrays import FloatArray
+from . import loaders
+from .agreement import Agreement, world
+from .arrays import FloatArray, IntArray
 from .control import Control, Realised
+from .follow import Following
 from .inputs import count_of, group_by_task, known, per_task
 from .ledger import Ledger
+from .live_state import LiveState
 from .policies import OverwriteBoost
 from .quota import from_units
 from .settings import Settings
+from .shares import TaskShares
+from .state import check, seal
+from .stream import Drawing, Examples, Stream
+from .task_index import TaskIndex
 
 _Item = TypeVar("_Item")
-_FORMAT = 1
 
 
 class _Adaptive(Sampler[_Item], Generic[_Item]):
@@ -37,16 +38,19 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
 
     def __init__(
         self,
-        task_of_example: Any,
+        task_of_example: Any = None,
         batch_size: int = 64,
         policy: Any = None,
         seed: int = 0,
         *,
+        shares: Mapping[str, float] | None = None,
         tasks: Sequence[str] | None = None,
         dataset: Any = None,
         num_batches: int | None = None,
+        num_replicas: int | None = None,
+        rank: int | None = None,
         update_every: int = 10,
-        delay: int = 8,
+        delay: int | None = None,
         horizon: int | None = None,
         importance: Any = None,
         critical: str | Collection[str] = (),
@@ -63,12 +67,31 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         self.policy = OverwriteBoost() if policy is None else policy
         if isinstance(self.policy, type) or not callable(getattr(self.policy, "weights", None)):
             raise TypeError(f"policy must be an object with a method weights(report, state), got {self.policy!r}")
-        self._index = group_by_task(task_of_example, tasks, dataset)
-        self._settings = Settings.build(
+        if (task_of_example is None) == (shares is None):
+            raise TypeError(
+                "pass task_of_example, the task of every example, or, for a stream whose examples nobody has counted, "
+                "shares={name: share of the stream}"
+            )
+        self._index: TaskIndex | TaskShares
+        if shares is None:
+            self._index = group_by_task(task_of_example, tasks, dataset)
+        elif dataset is not None:
+            raise TypeError("dataset is checked against task_of_example; with shares there is nothing to check")
+        else:
+            self._index = TaskShares.build(shares, tasks)
+        if (num_replicas is None) != (rank is None):
+            raise TypeError("pass num_replicas and rank together, as to a DistributedSampler, or neither")
+        self._sharded = num_replicas is not None
+        replicas = 1 if num_replicas is None else count_of("num_replicas", num_replicas, 1)
+        self._rank = 0 if rank is None else count_of("rank", rank, 0)
+        if self._rank >= replicas:
+            raise ValueError(f"rank must be below num_replicas, {replicas}, got {self._rank}")
+        settings = Settings.build(
             self._index,
             self.policy,
             seed=seed,
             batch_size=batch_size,
+            num_replicas=replicas,
             num_batches=num_batches,
             update_every=update_every,
             delay=delay,
@@ -84,20 +107,33 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
             max_epochs=max_epochs,
             pinned=pinned,
         )
-        self._control = Control(self._settings, self.policy, self._index.tasks)
-        self._start_at(0, first_epoch=0)
+        self._begin(settings)
 
-    def _start_at(self, batch: int, first_epoch: int) -> None:
-        self._first_epoch = first_epoch
-        self._from = self._drawn = self._reported = self._reported_most = batch
-        self._epoch = first_epoch + (batch - self._control.ledger.start) // self._settings.length
-        self._finished = False
-        self._counting = False
+    def _begin(self, settings: Settings) -> None:
+        self._settings = settings
+        self._control = Control(settings, self.policy, self._index.tasks)
+        self._stream = self._new_stream(self._control.ledger.start, 0)
+        self._following = Following(self._stream, self._control)
+        self._warned = False
+
+    def _new_stream(self, start: int, first_epoch: int) -> Stream:
+        settings = self._settings
+        return Stream(start, settings.length, first_epoch=first_epoch, replay=settings.resume == "replay")
 
     @property
     def batch_size(self) -> int:
-        """Examples in every batch."""
-        return self._settings.batch_size
+        """Examples in every batch that this rank gets."""
+        return self._settings.global_batch_size // self._settings.num_replicas
+
+    @property
+    def num_replicas(self) -> int:
+        """Ranks that the global batch is spread over."""
+        return self._settings.num_replicas
+
+    @property
+    def rank(self) -> int:
+        """Which of them this sampler draws for."""
+        return self._rank
 
     @property
     def drop_last(self) -> bool:
@@ -106,13 +142,13 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Task names; the numbers "0", "1", ... until a report brings names where ``tasks`` was not given."""
+        """Task names; the numbers "0", "1", ... until a tracker or a report brings names where there were none."""
         return self._index.tasks
 
     @property
     def weights(self) -> FloatArray:
         """Probabilities [T] in force for the next batch to be drawn, float64."""
-        return from_units(self._control.ledger.at(self._drawn).weights)
+        return from_units(self._control.ledger.at(self._stream.drawn).weights)
 
     @property
     def ledger(self) -> Ledger:
@@ -121,21 +157,53 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
 
     @property
     def epoch(self) -> int:
-        """The epoch under way, or the one that was run through last."""
-        return self._epoch
+        """The epoch under way, or the one that was run through last: iterations so far, whatever ``set_epoch`` says."""
+        return self._stream.epoch
 
     @property
     def consumed(self) -> int:
-        """Batches of the whole run trained on: those reported, or, before any ``update``, those drawn."""
-        return self._reported if self._counting else max(self._drawn, self._from)
+        """Batches of the whole run trained on: those counted (``follow``, ``update``), without that those drawn."""
+        return self._stream.consumed
 
     def realised(self, batch: int | None = None) -> Realised:
-        """Drawn against intended mix in the batches before ``batch`` (default: the consumed ones), since the data
-        last changed."""
+        """Drawn against intended mix in the batches before ``batch`` (default: the consumed ones), on all ranks, since
+        the data last changed."""
         stop = self.consumed if batch is None else count_of("batch", batch, self.ledger.start)
-        if stop > max(self._drawn, self._from):
-            raise ValueError(f"batch is {stop}, but only {self._drawn} batches were drawn")
+        if stop > self._stream.drawn:
+            raise ValueError(f"batch is {stop}, but only {self._stream.drawn} batches were drawn")
         return self._control.realised(stop)
+
+    def task_ids(self, batch: int, rank: int | Literal["global"] | None = None) -> IntArray:
+        """The task of every example in ``batch``, int64 (batch size,), sorted as the batch is: indices into ``tasks``.
+
+        That they equal a batch's ids does not prove that its rows are those of this batch: where batches may be
+        skipped, let their number travel with them.
+
+        Args:
+            batch: counted over the whole run, from 0, drawn already; ``consumed`` is the one being trained on.
+            rank: whose part of it, this sampler's by default; ``"global"`` for all of it.
+
+        Raises:
+            ValueError: a batch that was not drawn yet, or is from before ``rebase``; a rank that is none.
+        """
+        k = self._drawn_batch(batch)
+        replicas = self._settings.num_replicas
+        own = self._rank
+        if rank is not None and rank != "global":
+            own = count_of("rank", rank, 0)
+            if own >= replicas:
+                raise ValueError(f"rank must be below num_replicas, {replicas}, or 'global', got {own}")
+        counts, offset = self._control.engine.counts(k)
+        ids: IntArray = np.repeat(np.arange(len(counts)), counts)
+        return ids if rank == "global" else ids[(own + offset) % replicas :: replicas]
+
+    def _drawn_batch(self, batch: int) -> int:
+        k = count_of("batch", batch, 0)
+        if k >= self._stream.drawn:
+            raise ValueError(f"batch {k} was not drawn yet: only {self._stream.drawn} batches were drawn")
+        if k < self.ledger.start:
+            raise ValueError(f"batch {k} lies before batch {self.ledger.start}, where this ledger begins (rebase)")
+        return k
 
     @overload
     def loss_weight(self, batch: int) -> FloatArray: ...
@@ -152,15 +220,13 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         ledger: slots that ``probe_every`` or ``max_epochs`` moved are not corrected.
 
         Args:
-            batch: counted over the whole run, from 0, drawn already.
+            batch: counted over the whole run, from 0, drawn already; ``consumed`` is the one being trained on.
             task: name or index; without it an array [T], float64.
 
         Raises:
             ValueError: a batch not drawn yet or from before ``rebase``, an unknown task, or a probability of 0.
         """
-        k = count_of("batch", batch, 0)
-        if k >= self._drawn:
-            raise ValueError(f"batch {k} has no loss weight yet: only {self._drawn} batches were drawn")
+        k = self._drawn_batch(batch)
         weights = from_units(self.ledger.at(k).weights)
         asked = np.arange(len(self.tasks)) if task is None else np.array([self._position(task)])
         never = [self.tasks[t] for t in asked if weights[t] == 0]
@@ -180,38 +246,99 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
             raise ValueError(f"task must be below {len(self.tasks)}, got {position}; the tasks are {list(self.tasks)}")
         return position
 
+    # -- drawing ------------------------------------------------------------------------------------------------------
+
     def set_epoch(self, epoch: int) -> None:
-        """Let the next ``iter()`` run through ``epoch``, from its start; the one just loaded, from where it was."""
-        epoch = count_of("epoch", epoch, 0)
-        if epoch < self._first_epoch:
-            raise ValueError(f"epoch {epoch} was drawn from other data: since rebase, the first is {self._first_epoch}")
-        if epoch != self._epoch or self._finished:
-            self._from = self._start_of(epoch)
-        self._epoch = epoch
-        self._finished = False
+        """For loaders that call it: changes nothing. They count from 0 in every process, the stream goes on; to run an
+        epoch again there is ``rewind``."""
+        count_of("epoch", epoch, 0)
 
-    def _start_of(self, epoch: int) -> int:
-        return self.ledger.start + (epoch - self._first_epoch) * self._settings.length
+    def rewind(self, epoch: int) -> None:
+        """Let the next ``iter()`` run through ``epoch`` again, from its start; what came after it follows again too.
 
-    def _batches(self) -> Iterator[list[int]]:
-        # A generator: nothing may happen before the first batch is asked for, since a DataLoader with workers calls
-        # iter() twice. An epoch whose last batch was drawn is over; one that was left before is run through again.
-        if self._finished:
-            self.set_epoch(self._epoch + 1)
-        start, stop = self._from, self._start_of(self._epoch + 1)
-        self._reported = start
-        if self._settings.resume == "replay":
-            start = self._start_of(self._epoch)
-        control = self._control
-        for k in range(start, stop):
-            control.enter_before(k + 1)
-            draw = control.engine.draw(k)
-            self._drawn = k + 1
-            self._finished = k + 1 == stop
-            yield self._index.examples(draw.counts, draw.positions)
+        Reports on batches that were counted before do not decide again. Raises ValueError for an epoch that has not
+        begun, or is from before ``rebase``.
+        """
+        self._stream.rewind(count_of("epoch", epoch, 0))
+
+    def _drawing(self) -> Drawing:
+        shards = loaders.shards()
+        if shards > 1:
+            raise RuntimeError(
+                f"Accelerate is about to spread the batches of this sampler over {shards} processes, each of which would "
+                "count a few of them only: use taskgrad.integrations.accelerate.prepare(accelerator, tracker, sampler, "
+                "loader) in the place of accelerator.prepare(loader), or build the sampler with num_replicas and rank "
+                "and leave its loader out of prepare()"
+            )
+        ranks = world()
+        if ranks > 1 and not self._sharded and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"taskgrad: {ranks} ranks are up, and all of them draw the same batches from this sampler: build it with "
+                f"num_replicas={ranks}, rank=torch.distributed.get_rank() and batch_size per rank (num_replicas=1, "
+                "rank=0 where they are to train on the same ones)",
+                stacklevel=3,
+            )
+        return Drawing(self._stream, self._draw)
+
+    def _draw(self, k: int) -> list[int]:
+        control, settings = self._control, self._settings
+        self._following.hand_over(k - 1 - settings.delay)
+        control.enter_before(k + 1)
+        if isinstance(self._index, TaskShares):
+            counts, offset = control.engine.counts(k)
+            first, step = (self._rank + offset) % settings.num_replicas, settings.num_replicas
+            tasks: list[int] = np.repeat(np.arange(len(counts)), counts)[first::step].tolist()
+            return tasks
+        return self._index.examples(control.engine.draw(k), self._rank, settings.num_replicas)
+
+    # -- counting -----------------------------------------------------------------------------------------------------
+
+    def follow(self, tracker: Any) -> None:
+        """Let ``tracker`` count the batches and hand over its reports; call it once, before training.
+
+        Every ``tracker.batch()`` that is left, by an exception too, counts one batch of the loader, unless it was an
+        evaluation (gradients off, when it was entered or in every forward of the model inside it) or entered with
+        ``advance=False``: for further ones on the same batch of the loader (GANs, SAM, contrastive pairs). Loader
+        batches without one are counted by ``advance``. Every report reaches the policy, in order, with the optimizer's
+        learning rate. What was drawn before counts as looked at only, but for epochs that were run through.
+
+        A change that comes after its batch was drawn enters later, is marked so in the ledger, and warned of once.
+
+        Raises:
+            TypeError: not a tracker.
+            ValueError: a tracker of other tasks.
+        """
+        subscribe = getattr(tracker, "subscribe", None)
+        if subscribe is None:
+            raise TypeError(f"tracker must be what taskgrad.track returned, got {type(tracker).__name__}")
+        if self._following.tracker is tracker:
+            return
+        self._adopt(tuple(tracker.tasks), "tracker")
+        if self._following.tracker is not None:
+            self._following.tracker.subscribe(None)
+        subscribe(self._following)
+        self._following.tracker = tracker
+        self._stream.start_counting(by_hand=False)
+        self._join_ranks(tracker.process_group)
+
+    def advance(self, batches: int = 1) -> None:
+        """Count batches of the loader that no ``tracker.batch()`` or ``update()`` was called for.
+
+        Raises ValueError beyond what was drawn.
+        """
+        n = count_of("batches", batches, 0)
+        self._start_by_hand()
+        if self.consumed + n > self._stream.drawn:
+            raise ValueError(
+                f"advance({n}) goes beyond what was drawn: {self.consumed} batches are counted and {self._stream.drawn} "
+                "were drawn from this sampler"
+            )
+        for _ in range(n):
+            self._following.counted()
 
     def update(self, report: Any = None, *, batch: int | None = None, lr: float | None = None) -> None:
-        """Count a consumed batch, and let the policy see its report.
+        """Count a consumed batch, and let the policy see its report: by hand what ``follow`` does.
 
         Call it once per batch of the loader, after training on it. Without ``batch`` it is on the first batch not
         yet reported. With gradient accumulation call it for every micro-batch (a report whose ``step`` was already
@@ -219,38 +346,55 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         ``valid`` False, and one on a batch that was reported before (an epoch run through again) count only. ``lr``
         is handed to the policy.
 
-        Raises ValueError for a report on other tasks or of a step before the last one reported (another tracker's), for
-        a batch not drawn or before one already reported, and when the change would fall on a batch already drawn: the
-        message names the ``delay`` needed.
+        Raises RuntimeError where the sampler follows a tracker, and ValueError for a report on other tasks or of a step
+        before the last one reported (another tracker's), for a batch not drawn or before one already reported, and when
+        the change would fall on a batch already drawn: the message says what was wrong.
         """
-        b = self._reported if batch is None else count_of("batch", batch, 0)
-        if b >= self._drawn:
-            raise ValueError(
-                f"update is on batch {b}, but only {self._drawn} batches were drawn from this sampler: call it once "
-                "per batch, on the sampler object that the loader draws from"
+        stream = self._stream
+        if self._following.tracker is not None:
+            raise RuntimeError(
+                "this sampler follows a tracker, which hands over every report and counts every batch: leave update() "
+                "out (advance(n) counts batches of the loader without a tracker.batch())"
             )
-        if b < self._reported:
-            raise ValueError(f"update is on batch {b}, but batch {self._reported} is the first one not yet reported")
+        self._start_by_hand()
+        b = stream.consumed if batch is None else count_of("batch", batch, 0)
+        if b >= stream.drawn:
+            raise ValueError(
+                f"update is on batch {b}, but only {stream.drawn} batches were drawn from this sampler: call it once "
+                "per batch of the loader, on the sampler object that the loader draws from"
+            )
+        if b < stream.consumed:
+            raise ValueError(f"update is on batch {b}, but batch {stream.consumed} is the first one not yet reported")
         if report is not None:
             if not all(hasattr(report, name) for name in ("tasks", "valid")):
                 raise TypeError(f"report must be a StepReport (tracker.report()), got {type(report).__name__}")
-            self._adopt(tuple(report.tasks))
-            if b >= self._reported_most and getattr(self.policy, "adaptive", True):
-                self._control.decide(report, b, self._drawn, lr)
+            self._adopt(tuple(report.tasks), "report")
+            if b >= stream.most and self._control.adaptive:
+                self._control.decide_by_hand(report, b, lr, stream)
+        stream.count(b)
         self._control.enter_before(b + 2 + self._settings.delay)  # no later report can replace such a decision
-        self._counting = True
-        self._reported = b + 1
-        self._reported_most = max(self._reported_most, b + 1)
+        self._control.settle(stream, self._following.hand_over)
 
-    def _adopt(self, reported: tuple[str, ...]) -> None:
-        if reported == self.tasks:
+    def _start_by_hand(self) -> None:
+        if not self._stream.counting:
+            self._stream.start_counting(by_hand=True)
+            self._join_ranks(None)
+
+    def _join_ranks(self, group: Any) -> None:
+        """Have the ranks agree on one ledger from now on, where there are any to agree with."""
+        replicas = self._settings.num_replicas
+        if self._control.agreement is None and replicas > 1 and world(group) == replicas:
+            self._control.agree_with(Agreement(group), self.consumed)
+
+    def _adopt(self, names: tuple[str, ...], whose: str) -> None:
+        if names == self.tasks:
             return
-        if self._index.named or len(reported) != len(self.tasks):
+        if self._index.named or len(names) != len(self.tasks):
             raise ValueError(
-                f"the report is on the tasks {list(reported)}, the sampler has {list(self.tasks)}: give tracker and "
+                f"the {whose} is on the tasks {list(names)}, the sampler has {list(self.tasks)}: give tracker and "
                 "sampler the same tasks in the same order (tasks=...)"
             )
-        self._rename(reported)
+        self._rename(names)
 
     def _rename(self, names: tuple[str, ...]) -> None:
         self._index = replace(self._index, tasks=names, named=True)
@@ -269,38 +413,68 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         bad = {name: loss for name, loss in losses.items() if not np.isfinite(loss)}
         if bad:
             raise ValueError(f"eval_losses must be finite, got {bad}: leave out what could not be measured")
-        self._control.observe(losses)
+        self._following.observe(losses)
+
+    # -- saved and loaded ---------------------------------------------------------------------------------------------
 
     def state_dict(self, *, consumed: int | None = None) -> dict[str, Any]:
         """JSON-able state after the consumed batches, whatever a loader has drawn beyond them.
 
-        Before any ``update`` the sampler only knows what was drawn: where a loader with workers draws ahead, call
-        ``update()`` after each batch, or pass ``consumed``, the number of batches trained on.
+        Where nobody counts, the sampler only knows what was drawn: call ``follow`` (or ``update()`` after each batch)
+        before, or pass ``consumed``, the number of batches trained on.
         """
+        if consumed is None and loaders.stateful():
+            return LiveState(self._state)
+        return self._state(consumed)
+
+    def _state(self, consumed: int | None = None) -> dict[str, Any]:
+        self._following.flush()
         at = self.consumed if consumed is None else count_of("consumed", consumed, self.ledger.start)
-        if at > max(self._drawn, self._from):
-            raise ValueError(f"consumed is {at}, but only {self._drawn} batches were drawn")
-        return {
-            "format": _FORMAT,
-            "settings": self._settings.to_dict(),
-            "policy": self._control.policy_name,
-            "tasks": list(self.tasks),
-            "named": self._index.named,
-            "first_epoch": self._first_epoch,
-            "consumed": at,
-            "reported_most": max(self._reported_most, at),
-            "counting": self._counting,
-            **self._control.to_dict(at),
-        }
+        if at > self._stream.drawn:
+            raise ValueError(f"consumed is {at}, but only {self._stream.drawn} batches were drawn")
+        return seal(
+            {
+                "settings": self._settings.to_dict(),
+                "policy": self._control.policy_name,
+                "tasks": list(self.tasks),
+                "named": self._index.named,
+                **self._stream.to_dict(at),
+                **self._control.to_dict(at),
+            }
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state_dict`` was taken; see ``resume`` for where the next ``iter()`` begins.
 
-        ``delay``, ``update_every``, ``horizon``, ``importance`` and ``critical`` may differ from the saved sampler's;
-        anything else raises ValueError. A schedule that is in the ledger already stays. For other data or tasks there
-        is ``rebase``.
+        ``delay``, ``update_every``, ``horizon``, ``importance`` and ``critical`` may differ from the saved sampler's,
+        and ``num_replicas`` while the global batch stays; anything else raises ValueError. A schedule that is in the
+        ledger already stays. For other data or tasks there is ``rebase``.
+
+        Raises:
+            TypeError, KeyError, ValueError: a field is missing, damaged, changed since it was saved, or of a sampler
+                built otherwise; the message names it. The sampler is then as it was.
         """
-        ledger = _saved_ledger(state)
+        if isinstance(state, LiveState):
+            raise ValueError(
+                "this state is not saved yet, it is that of whenever it is saved: pickle it, or keep "
+                "copy.deepcopy(loader.state_dict())"
+            )
+        state, ledger = check(state)
+        self._check_same_data(state, ledger)
+        self._check_built_alike(state)
+        engine = self._control.prepare(state, ledger)
+        if state["named"]:
+            self._rename(tuple(state["tasks"]))
+        self._control.restore(state, ledger, engine)
+        self._stream.restore(state)
+        self._following.restart()
+        tracker = self._following.tracker
+        if tracker is not None:
+            self._stream.start_counting(by_hand=False)
+        if self._stream.counting:
+            self._join_ranks(None if tracker is None else tracker.process_group)
+
+    def _check_same_data(self, state: Mapping[str, Any], ledger: Ledger) -> None:
         sizes = tuple(self._settings.sizes.tolist())
         renamed = self._index.named and state["named"] and tuple(state["tasks"]) != self.tasks
         if ledger.sizes != sizes or renamed:
@@ -312,65 +486,92 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         if ledger.data != self._settings.data:
             raise ValueError(
                 f"the saved ledger is for other examples of the same number per task: saved {ledger.data}, here "
-                f"{self._settings.data} (ids and ranges count as different): call rebase(state) to continue the run "
-                "on other data, in a new ledger era"
+                f"{self._settings.data} (ids, ranges and shares count as different): call rebase(state) to continue the "
+                "run on other data, in a new ledger era"
             )
+
+    def _check_built_alike(self, state: Mapping[str, Any]) -> None:
         saved = {**state["settings"], "policy": state["policy"]}
         here = {**self._settings.to_dict(), "policy": self._control.policy_name}
+        size, replicas = saved.get("global_batch_size"), self.num_replicas
+        if isinstance(size, int) and size != here["global_batch_size"]:
+            if size % replicas == 0:
+                remedy = f"pass batch_size={size // replicas}"
+            else:
+                remedy = f"no batch_size on {replicas} ranks keeps it, use a number of ranks that divides {size}"
+            raise ValueError(
+                f"the saved run has batches of {size} examples on all ranks together, this sampler's have {replicas} x "
+                f"{self.batch_size}: {remedy}"
+            )
         differ = [name for name in here if saved.get(name) != here[name]]
         if differ:
             listed = "; ".join(f"{name}: saved {saved.get(name)!r}, here {here[name]!r}" for name in differ)
             raise ValueError(f"the sampler differs from the saved one ({listed}): build it the same way")
-        if state["named"]:
-            self._rename(tuple(state["tasks"]))
-        self._control.restore(state, ledger)
-        self._start_at(state["consumed"], state["first_epoch"])
-        self._reported_most = state["reported_most"]
-        self._counting = state["counting"]
+        if state["epoch"][2] - state["epoch"][1] != self._settings.length:
+            raise ValueError(f"the field 'epoch' of the sampler's state is no epoch of {self._settings.length} batches")
 
     def rebase(self, state: Mapping[str, Any]) -> None:
         """Take over a run whose tasks or sizes differ from this sampler's data, at its first batch not consumed.
 
         Opens a new ledger era that keeps the earlier ones on record. A new epoch begins there; passes, ``max_epochs``
-        and the policy start afresh, and batches before it can no longer be drawn again.
+        and the policy start afresh, and batches before it can no longer be drawn again. Raises what
+        ``load_state_dict`` does for a damaged state.
         """
-        ledger = _saved_ledger(state)
-        consumed = state["consumed"]
-        epochs = -(-(consumed - ledger.start) // state["settings"]["num_batches"])
+        state, ledger = check(state)
+        consumed: int = state["consumed"]
+        epoch, start, _ = state["epoch"]
         past = [*ledger.past, {**ledger.to_dict(), "past": [], "tasks": list(state["tasks"])}]
         settings = self._settings
-        self._control.open_era(
-            Ledger(settings.sizes, data=settings.data, start=consumed, era=ledger.era + 1, past=past)
-        )
-        self._start_at(consumed, state["first_epoch"] + epochs)
+        new = Ledger(settings.sizes, data=settings.data, start=consumed, era=ledger.era + 1, past=past)
+        tracker = self._following.tracker
+        self._control.open_era(new)
+        self._stream = self._new_stream(consumed, epoch + (consumed > start))
+        self._following = Following(self._stream, self._control)
+        if tracker is not None:
+            self.follow(tracker)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which go on where this sampler is and follow no tracker."""
+        kept = ("policy", "_index", "_settings", "_rank", "_sharded")
+        return {**{name: self.__dict__[name] for name in kept}, "state": self._state()}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        state = kept.pop("state")
+        self.__dict__.update(kept)
+        self._begin(self._settings)
+        self.load_state_dict(state)
 
     def __len__(self) -> int:
         return self._settings.length
 
 
-def _saved_ledger(state: Mapping[str, Any]) -> Ledger:
-    if state.get("format") != _FORMAT:
-        raise ValueError(f"not a sampler state of format {_FORMAT}; its keys are {sorted(state)[:6]}")
-    return Ledger.from_dict(state["ledger"])
-
-
 class AdaptiveBatchSampler(_Adaptive[list[int]]):
     """Yields lists of data set indices, sorted by task, for ``DataLoader(dataset, batch_sampler=...)``.
+
+    Every ``iter()`` yields ``len`` batches, from the first one not consumed, whether the last epoch was run through, left
+    early, or only looked into. Consumed is what ``follow`` or ``update`` counts, without them what was drawn.
 
     Args:
         task_of_example: one task per example of the data set: indices into ``tasks`` (list, array or tensor of
             integers) or names. Where each task lies in one piece, a mapping instead: name -> number of examples (one
             task after the other, as in a ConcatDataset) or name -> range(start, stop). For very large data sets a
             ``TaskIndex``.
-        batch_size: examples in every batch.
+        batch_size: examples in every batch, of one rank.
         policy: decides the mix from reports (``taskgrad.policies``); ``OverwriteBoost()`` by default.
         seed: with the data's sizes, the ledger and the guards it determines every batch.
+        shares: instead of ``task_of_example``, for streams: task -> its natural share of the examples. Tasks are drawn
+            then, not examples: batches hold task indices, there are no passes, and ``num_batches`` must be given.
         tasks: names, in the order the tracker has them. Without it they are those of a mapping or a ``TaskIndex``,
-            else tasks are numbered; the first report names them.
+            else tasks are numbered; the tracker followed, or the first report, names them.
         dataset: only its length is read, to check ``task_of_example`` against it.
-        num_batches: batches in an epoch, by default ceil(examples / batch_size). Every batch is full.
+        num_batches: batches in an epoch, by default ceil(examples / (batch_size * num_replicas)). Every batch is full.
+        num_replicas, rank: as of a ``DistributedSampler``, but never read from a process group: of every global batch
+            this sampler draws the part of ``rank``. Parts are disjoint, together the global batch, and over the run hold
+            as many rows of a task as the others', to within 2 + T / 2.
         update_every: weights change only at batches that are multiples of it.
-        delay: see the module's docstring; the default covers four workers with the usual prefetch factor of 2.
+        delay: batches between a report and its effect, at least: as many as the loader may draw ahead
+            (``num_workers * prefetch_factor``; Accelerate one more, and times the processes). 64 by default; in a run
+            whose ``horizon`` is short a sixteenth of it, at least 8.
         horizon: batches of the whole run, for policies with a schedule.
         importance: weight of each task, positive, for policies that use one (``OverwriteBoost``; the published
             baselines do not): a mapping (1 for the others), one per task, or a number for all.
@@ -382,15 +583,16 @@ class AdaptiveBatchSampler(_Adaptive[list[int]]):
         max_epochs: passes after which a task gets no more; its share goes to the others in proportion.
         pinned: tasks that the policy cannot raise: with a budget they give way like the natural mix does, without
             one they keep their natural share.
-        resume: after ``load_state_dict``, ``"seek"`` continues at the first batch not consumed; ``"replay"`` starts
-            that batch's epoch again, for loaders that draw it again and skip (transformers' Trainer).
+        resume: after ``load_state_dict`` in the middle of an epoch, ``"seek"`` continues at the first batch not
+            consumed; ``"replay"`` starts that epoch again, for loaders that draw it again and skip (transformers'
+            Trainer).
 
     Guards left at None are the policy's own defaults (``guard_defaults``), or off. Where they collide, the stronger
     wins: max_epochs, probe_every, min_weight, budget, max_change, policy. Raises TypeError or ValueError.
     """
 
     def __iter__(self) -> Iterator[list[int]]:
-        return self._batches()
+        return self._drawing()
 
 
 class AdaptiveSampler(_Adaptive[int]):
@@ -401,8 +603,7 @@ class AdaptiveSampler(_Adaptive[int]):
     """
 
     def __iter__(self) -> Iterator[int]:
-        for batch in self._batches():
-            yield from batch
+        return Examples(self._drawing())
 
     def __len__(self) -> int:
         return self._settings.length * self.batch_size

@@ -12,16 +12,22 @@ from .arrays import BoolArray, FloatArray, IntArray, frozen_flags, frozen_floats
 from .guards import Guards
 from .index_numpy import ALGORITHM
 from .inputs import count_of, known, per_task
+from .shares import TaskShares
 from .task_index import TaskIndex
+
+DELAY = 64
+"""Batches between a report and its effect where neither the user nor a short run says otherwise: more than loaders
+usually draw ahead."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """Arrays are [T], read-only: ``sizes`` and ``max_draws`` int64, ``natural`` and ``importance`` float64,
-    ``critical`` bool."""
+    ``critical`` bool. ``fresh``: no size is known, every example is a new one; then ``sizes`` holds ones."""
 
     seed: int
-    batch_size: int
+    global_batch_size: int
+    num_replicas: int
     length: int
     update_every: int
     delay: int
@@ -29,6 +35,7 @@ class Settings:
     resume: str
     sizes: IntArray
     data: str
+    fresh: bool
     natural: FloatArray
     importance: FloatArray
     critical: BoolArray
@@ -40,14 +47,15 @@ class Settings:
     @classmethod
     def build(
         cls,
-        index: TaskIndex,
+        index: TaskIndex | TaskShares,
         policy: Any,
         *,
         seed: int,
         batch_size: int,
+        num_replicas: int,
         num_batches: int | None,
         update_every: int,
-        delay: int,
+        delay: int | None,
         horizon: int | None,
         resume: str,
         importance: Any,
@@ -78,9 +86,20 @@ class Settings:
             raise ValueError(f"{type(policy).__name__}.guard_defaults names {unknown}; guards are {sorted(given)}")
         wanted: dict[str, Any] = {name: defaults.get(name) if v is None else v for name, v in given.items()}
 
-        batch_size = count_of("batch_size", batch_size, 1)
-        examples = int(index.sizes.sum())
-        length = -(-examples // batch_size) if num_batches is None else count_of("num_batches", num_batches, 1)
+        fresh = isinstance(index, TaskShares)
+        sizes = np.ones(len(tasks), dtype=np.int64) if isinstance(index, TaskShares) else index.sizes
+        natural = index.natural if isinstance(index, TaskShares) else frozen_floats(sizes / int(sizes.sum()))
+        batch_size = count_of("batch_size", batch_size, 1) * num_replicas
+        if fresh and num_batches is None:
+            raise ValueError("with shares an epoch has no length of its own: pass num_batches=, batches in an epoch")
+        if fresh and wanted["max_epochs"] is not None:
+            raise ValueError(
+                "max_epochs counts passes over a task's examples, whose number is not known with shares: leave it out"
+            )
+        length = -(-int(sizes.sum()) // batch_size) if num_batches is None else count_of("num_batches", num_batches, 1)
+        horizon = None if horizon is None else count_of("horizon", horizon, 1)
+        if delay is None:
+            delay = DELAY if horizon is None else min(DELAY, max(8, horizon // 16))
         weights_of_tasks = per_task("importance", importance, tasks, 1.0)
         if not (weights_of_tasks > 0).all():
             raise ValueError(
@@ -89,17 +108,18 @@ class Settings:
             )
         if wanted["probe_every"] is not None:
             _check_probes(count_of("probe_every", wanted["probe_every"], 1), batch_size, len(tasks))
-        natural = frozen_floats(index.sizes / examples)
         return cls(
             seed=count_of("seed", seed, 0),
-            batch_size=batch_size,
+            global_batch_size=batch_size,
+            num_replicas=num_replicas,
             length=length,
             update_every=count_of("update_every", update_every, 1),
             delay=count_of("delay", delay, 0),
-            horizon=None if horizon is None else count_of("horizon", horizon, 1),
+            horizon=horizon,
             resume=resume,
-            sizes=frozen_ints(index.sizes),
+            sizes=frozen_ints(sizes),
             data=index.digest,
+            fresh=fresh,
             natural=natural,
             importance=frozen_floats(weights_of_tasks),
             critical=_marked("critical", critical, tasks),
@@ -113,16 +133,17 @@ class Settings:
             ),
             probe_every=(None if wanted["probe_every"] is None else count_of("probe_every", wanted["probe_every"], 1)),
             max_epochs=_number("max_epochs", wanted["max_epochs"]),
-            max_draws=_max_draws(_number("max_epochs", wanted["max_epochs"]), index.sizes, length, batch_size),
+            max_draws=_max_draws(_number("max_epochs", wanted["max_epochs"]), sizes, length, batch_size),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """What a saved state must agree on: everything that the stream depends on, but for sizes, which the ledger
-        holds. Importance, critical tasks and horizon only speak to the policy, about what is still to come."""
+        holds: the global batch, whatever ranks it is spread over. Importance, critical tasks and horizon only speak to the
+        policy, about what is still to come."""
         return {
             "algorithm": ALGORITHM,
             "seed": self.seed,
-            "batch_size": self.batch_size,
+            "global_batch_size": self.global_batch_size,
             "num_batches": self.length,
             "budget": self.guards.budget,
             "probe_every": self.probe_every,

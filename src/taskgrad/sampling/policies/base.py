@@ -32,14 +32,15 @@ class ReportLike(Protocol):
 class PolicyState:
     """Read-only surroundings of one decision; arrays have one value per task ([T]) and are not writable.
 
-    - ``tasks``: names. ``sizes``: examples in the data set, int64. ``natural``: sizes / sum(sizes).
+    - ``tasks``: names. ``sizes``: examples in the data set, int64, or None where only their shares are known (streams).
+      ``natural``: sizes / sum(sizes), or these shares.
     - ``importance``: what the user passed to the sampler, ones by default, all positive. ``critical``: bool, tasks that
       the user never wants given up on.
-    - ``batch_size``: examples in a batch. ``horizon``: batches of the whole run, or None. ``lr``: or None.
+    - ``batch_size``: examples in a batch, on all ranks together. ``horizon``: batches of the whole run, or None. ``lr``: or None.
     - ``step``: index (from 0) of the batch that the report is on; -1 before the first report.
     - ``budget``: the largest share of a batch that may leave the natural mix, or None.
     - ``realised``: share of each task among all examples drawn up to that batch (zeros before the first).
-    - ``epochs``: passes over each task's examples drawn up to that batch (fractional).
+    - ``epochs``: passes over each task's examples drawn up to that batch (fractional), or None as ``sizes``.
     - ``weights``: the probabilities in force when that batch was drawn.
     - ``eval_losses``: the last losses given to ``sampler.observe``, by task name, or None. ``evaluations``: how often
       there were any.
@@ -47,7 +48,7 @@ class PolicyState:
     """
 
     tasks: tuple[str, ...]
-    sizes: IntArray
+    sizes: IntArray | None
     natural: FloatArray
     importance: FloatArray
     critical: BoolArray
@@ -57,7 +58,7 @@ class PolicyState:
     step: int
     budget: float | None
     realised: FloatArray
-    epochs: FloatArray
+    epochs: FloatArray | None
     weights: FloatArray
     eval_losses: Mapping[str, float] | None
     memory: dict[str, Any]

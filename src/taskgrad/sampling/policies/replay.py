@@ -47,10 +47,11 @@ class Replay(FixedPolicy):
 
     def weights(self, report: Any, state: PolicyState) -> FloatArray:
         """The average mix [T], whatever the report."""
-        if self.sizes != tuple(state.sizes.tolist()):
+        sizes = (1,) * len(state.tasks) if state.sizes is None else tuple(state.sizes.tolist())
+        if self.sizes != sizes:
             raise ValueError(
                 f"Replay has the ledger of tasks of sizes {list(self.sizes)}, the sampler's tasks have "
-                f"{state.sizes.tolist()}: replay a run on the same data"
+                f"{list(sizes)}: replay a run on the same data"
             )
         if self.tasks is not None and state.tasks not in (self.tasks, _numbers(len(self.tasks))):
             raise ValueError(

@@ -29,11 +29,12 @@ class UniMax(FixedPolicy):
     def initial(self, state: PolicyState) -> FloatArray:
         """The same probabilities as ever after; warns where the limit cannot be kept."""
         examples = horizon(state, "UniMax") * state.batch_size
-        placed = self.allocate(examples, state.sizes)
+        sizes = _sizes(state)
+        placed = self.allocate(examples, sizes)
         if placed.sum() < examples * (1 - 1e-9):
             warnings.warn(
                 f"UniMax({self.max_epochs:g}) can place {placed.sum():.0f} of the run's {examples} examples: every "
-                f"task will be passed over {examples / state.sizes.sum():.3g} times; raise max_epochs or shorten the "
+                f"task will be passed over {examples / sizes.sum():.3g} times; raise max_epochs or shorten the "
                 "run",
                 stacklevel=2,
             )
@@ -51,8 +52,14 @@ class UniMax(FixedPolicy):
 
     def weights(self, report: Any, state: PolicyState) -> FloatArray:
         """U / sum(U) [T], whatever the report."""
-        placed = self.allocate(horizon(state, "UniMax") * state.batch_size, state.sizes)
+        placed = self.allocate(horizon(state, "UniMax") * state.batch_size, _sizes(state))
         return np.asarray(placed / placed.sum(), dtype=np.float64)
 
     def __repr__(self) -> str:
         return f"UniMax({self.max_epochs:g})"
+
+
+def _sizes(state: PolicyState) -> IntArray:
+    if state.sizes is None:
+        raise ValueError("UniMax counts passes over the tasks' examples, whose number is not known with shares")
+    return state.sizes

@@ -1,0 +1,91 @@
+"""What a tracker tells the sampler that follows it: batches trained on, and the reports of closed steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .control import Control
+from .stream import Stream
+
+
+class Delivery(Protocol):
+    """A report on its way from the device."""
+
+    @property
+    def arrived(self) -> bool: ...
+
+    @property
+    def report(self) -> Any:
+        """The report; waits for it."""
+
+
+@dataclass(frozen=True)
+class _Closed:
+    """A closed step: ``batch`` is the last one counted before, ``drawn`` how many were drawn by then."""
+
+    delivery: Delivery
+    batch: int
+    drawn: int
+    lr: Callable[[], float | None]
+
+
+class Following:
+    """Hands every report to the policy, in order and each once, as soon as it has arrived.
+
+    What the policy decides depends on the order alone, so nothing waits for a device but a draw whose batch a report is
+    to decide about.
+    """
+
+    def __init__(self, stream: Stream, control: Control) -> None:
+        self.tracker: Any = None
+        self._stream, self._control = stream, control
+        self._queue: deque[_Closed | dict[str, float]] = deque()
+
+    def counted(self) -> None:
+        """The training loop is through with a batch."""
+        stream = self._stream
+        if stream.consumed >= stream.drawn:
+            stream.overcounted()
+            return
+        stream.count(stream.consumed)
+        self._control.settle(stream, self.hand_over)
+
+    def closed(self, delivery: Delivery, lr: Callable[[], float | None]) -> None:
+        """A step has closed."""
+        stream = self._stream
+        if self._control.adaptive and stream.fresh and stream.consumed > self._control.ledger.start:
+            self._queue.append(_Closed(delivery, stream.consumed - 1, stream.drawn, lr))
+            self.hand_over()
+
+    def observe(self, losses: dict[str, float]) -> None:
+        """Evaluation losses, for the reports that come after them."""
+        self._queue.append(losses)
+        self.hand_over()
+
+    def hand_over(self, batch: int = -1) -> None:
+        """Hand over what has arrived, and wait for the reports on batches up to ``batch``."""
+        while self._queue:
+            head = self._queue[0]
+            if isinstance(head, _Closed):
+                if not head.delivery.arrived and head.batch > batch:
+                    return
+                self._queue.popleft()
+                self._control.decide(head.delivery.report, head.batch, head.lr(), self._stream, head.drawn)
+            else:
+                self._queue.popleft()
+                self._control.observe(head)
+
+    def flush(self) -> None:
+        """Wait for all reports of closed steps."""
+        self.hand_over(self._stream.consumed)
+
+    def restart(self) -> None:
+        """A state was loaded: reports of before are not of its run."""
+        self._queue.clear()
+
+    def lost(self) -> None:
+        """The tracker was removed, or another sampler follows it."""
+        self.tracker = None

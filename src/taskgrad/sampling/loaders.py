@@ -1,0 +1,46 @@
+"""Who is asking: what a sampler can see of the loader that draws from it, by the frames that called it.
+
+No loader tells its sampler how many workers it has, that it gives every second batch to another process, or that it
+takes a state to keep rather than to save; each of these has made runs go wrong in silence.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+_FRAMES = 8  # from a sampler's iterator up to the DataLoader's, through what may be wrapped around the sampler
+
+
+def _callers(depth: int) -> list[FrameType]:
+    frames: list[FrameType] = []
+    frame: FrameType | None = sys._getframe(depth + 1)
+    while frame is not None and len(frames) < _FRAMES:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def workers() -> int:
+    """Workers of the DataLoader that is asking for a batch, 0 where none is."""
+    for frame in _callers(1):
+        count = getattr(frame.f_locals.get("self"), "_num_workers", None)
+        if isinstance(count, int):
+            return count
+    return 0
+
+
+def shards() -> int:
+    """Processes that Accelerate's ``BatchSamplerShard`` is about to spread the batches over, 1 without one."""
+    for frame in _callers(1):
+        asking: Any = frame.f_locals.get("self")
+        if type(asking).__name__ == "BatchSamplerShard":
+            return int(asking.num_processes)
+    return 1
+
+
+def stateful() -> bool:
+    """Whether a torchdata ``StatefulDataLoader`` is asking, which takes states whenever it draws a batch and may keep
+    them until much later."""
+    return any(str(frame.f_globals.get("__name__", "")).startswith("torchdata.") for frame in _callers(1)[:2])
