@@ -205,10 +205,10 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         control = self._control
         for k in range(start, stop):
             control.enter_before(k + 1)
-            draw = control.engine.draw(k)
+            examples = self._index.examples(control.engine, k)
             self._drawn = k + 1
             self._finished = k + 1 == stop
-            yield self._index.examples(draw.counts, draw.positions)
+            yield examples
 
     def update(self, report: Any = None, *, batch: int | None = None, lr: float | None = None) -> None:
         """Count a consumed batch, and let the policy see its report.
