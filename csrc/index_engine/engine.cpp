@@ -42,22 +42,34 @@ std::optional<Ints> checked_draws(std::optional<Ints> max_draws, std::size_t tas
   return max_draws;
 }
 
+std::int64_t checked_replicas(std::int64_t replicas, std::int64_t batch_size, std::size_t tasks) {
+  if (replicas < 1 || replicas > batch_size || batch_size % replicas) {
+    throw std::invalid_argument("batch_size must be a multiple of replicas");
+  }
+  if (replicas > 1 && replicas * static_cast<std::int64_t>(tasks) > kMaxDeviations) {
+    throw std::invalid_argument("there are too many replicas for so many tasks");
+  }
+  return replicas;
+}
+
 }  // namespace
 
 Engine::Engine(std::uint64_t seed, Ints sizes, std::int64_t batch_size, std::int64_t first_batch, std::uint64_t era,
-               std::int64_t probe_every, std::optional<Ints> max_draws)
+               std::int64_t probe_every, std::optional<Ints> max_draws, std::int64_t replicas)
     : sizes_(checked_sizes(std::move(sizes))),
       batch_size_(checked_batch_size(batch_size)),
       first_(checked_batch(first_batch, "first_batch is out of range")),
       probe_every_(checked_batch(probe_every, "probe_every is out of range")),
       max_draws_(checked_draws(std::move(max_draws), sizes_.size())),
+      replicas_(checked_replicas(replicas, batch_size_, sizes_.size())),
       task_keys_(sizes_.size()),
       tie_key_(derive_key(kAlgorithm, seed, era, 2)),
       stride_(kSnapshotEvery),
       passes_(sizes_.size()),
-      present_(sizes_.size()),
+      shares_(sizes_.size()),
       walks_(static_cast<std::size_t>(batch_size) + 1),
       allocator_(static_cast<std::int64_t>(sizes_.size()), batch_size),
+      costs_(static_cast<std::size_t>(replicas_)),
       room_(sizes_.size()),
       limit_(sizes_.size()),
       payers_(sizes_.size()),
@@ -66,7 +78,7 @@ Engine::Engine(std::uint64_t seed, Ints sizes, std::int64_t batch_size, std::int
   const std::uint64_t passes_key = derive_key(kAlgorithm, seed, era, 1);
   for (std::size_t t = 0; t < sizes_.size(); ++t) task_keys_[t] = fold(passes_key, t);
   const Ints zero(sizes_.size());
-  snapshots_.emplace(first_, State{zero, zero, Ints(sizes_.size(), first_ - 1), zero});
+  snapshots_.emplace(first_, State{zero, zero, Ints(sizes_.size(), first_ - 1), zero, Ints(deviations())});
 }
 
 void Engine::commit(std::int64_t effective_at, const Ints& weights) {
@@ -89,16 +101,31 @@ void Engine::commit(std::int64_t effective_at, const Ints& weights) {
   cursors_.remove_if([&](const Cursor& cursor) { return cursor.at > effective_at; });
 }
 
-void Engine::draw(std::int64_t k, std::int64_t* counts, std::int64_t* positions) {
+std::int64_t Engine::draw(std::int64_t k, std::int64_t* counts, std::int64_t* positions) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  Cursor& cursor = at(k);
-  step(cursor);
-  const Ints& drawn = allocator_.counts();
-  if (std::accumulate(drawn.begin(), drawn.end(), std::int64_t{0}) != batch_size_) {
-    throw std::logic_error("the counts of a batch do not add up");  // or `positions` would be written past its end
+  take(pass(k).drawn, 0, 1);
+  write_positions(1, reinterpret_cast<std::uint64_t*>(positions));
+  std::copy(allocator_.counts().begin(), allocator_.counts().end(), counts);
+  return offset_;
+}
+
+std::int64_t Engine::counts(std::int64_t k, std::int64_t* counts) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  pass(k);
+  std::copy(allocator_.counts().begin(), allocator_.counts().end(), counts);
+  return offset_;
+}
+
+void Engine::rows(std::int64_t k, const std::uint64_t* starts, std::int64_t rank, std::uint64_t* rows) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (rank < 0 || rank >= replicas_) throw std::invalid_argument("rank must be below the number of replicas");
+  const State& after = pass(k);
+  take(after.drawn, (rank + offset_) % replicas_, replicas_);
+  write_positions(replicas_, rows);
+  for (std::size_t i = 0; i < sharing_; ++i) {
+    const std::uint64_t start = starts[shares_[i].task];
+    for (std::int64_t j = 0; j < shares_[i].rows; ++j) *rows++ += start;
   }
-  std::copy(drawn.begin(), drawn.end(), counts);
-  write_positions(cursor.state.drawn, drawn, positions);
 }
 
 State Engine::state(std::int64_t k) {
@@ -117,14 +144,17 @@ void Engine::restore(std::int64_t k, State state) {
   for (const Ints* values : {&state.credit, &state.drawn, &state.last_seen, &state.probes}) {
     if (values->size() != sizes_.size()) throw std::invalid_argument("a state holds one value per task");
   }
+  if (state.deviations.size() != deviations()) throw std::invalid_argument("a state is of another number of replicas");
   if (k < first_ || k > kMaxBatches) throw std::out_of_range("a state is of a batch from the first one on");
   const auto within = [](const Ints& values, std::int64_t low, std::int64_t high) {
+    if (values.empty()) return true;
     const auto [least, most] = std::minmax_element(values.begin(), values.end());
     return *least >= low && *most <= high;
   };
   const std::int64_t most = (batch_size_ + 64) * kOne, drawn = kMaxBatches * kMaxBatchSize;
   if (!within(state.credit, -most, most) || !within(state.drawn, 0, drawn) ||
-      !within(state.last_seen, first_ - 1, kMaxBatches) || !within(state.probes, 0, kMaxBatches)) {
+      !within(state.last_seen, first_ - 1, kMaxBatches) || !within(state.probes, 0, kMaxBatches) ||
+      !within(state.deviations, -kMaxDeviation, kMaxDeviation)) {
     throw std::invalid_argument("a state holds a number that no batch leads to");
   }
   snapshots_[k] = std::move(state);
@@ -153,7 +183,7 @@ Engine::Cursor& Engine::at(std::int64_t k) {
 void Engine::keep_snapshot(const Cursor& cursor) {
   if ((cursor.at - first_) % stride_) return;
   snapshots_.insert_or_assign(cursor.at, cursor.state);
-  const std::int64_t each = 32 * tasks();
+  const std::int64_t each = 32 * tasks() + 8 * static_cast<std::int64_t>(deviations());
   if (static_cast<std::int64_t>(snapshots_.size()) <= std::max<std::int64_t>(kSnapshotBytes / each, 16)) return;
   stride_ *= 2;
   for (auto it = snapshots_.begin(); it != snapshots_.end();) {
@@ -161,10 +191,22 @@ void Engine::keep_snapshot(const Cursor& cursor) {
   }
 }
 
-// Draws the counts of the batch that the cursor is at, into the allocator, and moves on by one batch.
+// Draws batch k, but for the positions; the state after it.
+const State& Engine::pass(std::int64_t k) {
+  Cursor& cursor = at(k);
+  step(cursor);
+  const Ints& counts = allocator_.counts();
+  if (std::accumulate(counts.begin(), counts.end(), std::int64_t{0}) != batch_size_) {
+    throw std::logic_error("the counts of a batch do not add up");  // or positions would be written past their end
+  }
+  return cursor.state;
+}
+
+// Draws the counts and the offset of the batch that the cursor is at, into the allocator and offset_, and moves on by
+// one batch.
 void Engine::step(Cursor& cursor) {
   const std::int64_t k = cursor.at;
-  auto& [credit, drawn, last_seen, probes] = cursor.state;
+  auto& [credit, drawn, last_seen, probes, deviations] = cursor.state;
   if (starts_.empty() || k < starts_.front()) throw std::out_of_range("batch " + std::to_string(k) + " has no weights");
   const std::size_t tasks = sizes_.size();
   const bool capped = max_draws_.has_value();
@@ -225,6 +267,7 @@ void Engine::step(Cursor& cursor) {
   if (probe_every_) {
     for (std::size_t t = 0; t < tasks; ++t) last_seen[t] = counts[t] > 0 ? k : last_seen[t];
   }
+  if (replicas_ > 1) offset_ = deal(counts, deviations, costs_);
   ++cursor.at;
   keep_snapshot(cursor);
 }
@@ -260,29 +303,37 @@ const Accrual& Engine::accrual(std::int64_t k, const Ints& drawn) {
   return *out;
 }
 
-// `drawn`: after the batch.
-void Engine::write_positions(const Ints& drawn, const Ints& counts, std::int64_t* out) {
-  walking_ = 0;
-  std::size_t found = 0;  // listed first without a branch: no predictor could guess which tasks are in a batch
+// Puts every `every`-th row of the batch in allocator_, from row `first` on, into shares_. `drawn`: after the batch.
+void Engine::take(const Ints& drawn, std::int64_t first, std::int64_t every) {
+  const Ints& counts = allocator_.counts();
+  sharing_ = 0;  // listed without a branch: no predictor could guess which tasks are in a batch
+  std::int64_t stop = 0;
   for (std::size_t t = 0; t < counts.size(); ++t) {
-    present_[found] = t;
-    found += counts[t] > 0;
+    stop += counts[t];
+    const std::int64_t rows = every == 1 ? counts[t] : (stop - first + every - 1) / every;
+    shares_[sharing_] = Share{t, drawn[t] - (stop - first), rows};
+    sharing_ += rows > 0;
+    first += rows * every;
   }
-  for (std::size_t i = 0; i < found; ++i) {
-    const std::size_t t = present_[i];
-    for (std::int64_t index = drawn[t] - counts[t]; index < drawn[t];) {
+}
+
+void Engine::write_positions(std::int64_t every, std::uint64_t* out) {
+  walking_ = 0;
+  for (std::size_t i = 0; i < sharing_; ++i) {
+    auto [t, index, rows] = shares_[i];
+    const std::int64_t end = index + rows * every;
+    while (index < end) {
       const Pass& pass = enter_pass(t, index);
-      const std::int64_t stop = std::min(drawn[t], pass.begin + sizes_[t]);
+      const std::int64_t stop = std::min(end, pass.begin + sizes_[t]);
       if (sizes_[t] > kSortedUpTo) {
         // Who has to walk on is put off: a branch taken at random here would stall the evaluations that follow.
-        for (; index < stop; ++index, ++out) {
-          const std::uint64_t value = pass.feistel.once(static_cast<std::uint64_t>(index - pass.begin));
-          *out = static_cast<std::int64_t>(value);
+        for (; index < stop; index += every, ++out) {
+          *out = pass.feistel.once(static_cast<std::uint64_t>(index - pass.begin));
           walks_[walking_] = Walk{&pass.feistel, out};
-          walking_ += pass.feistel.outside(value);
+          walking_ += pass.feistel.outside(*out);
         }
       } else {
-        for (; index < stop; ++index) *out++ = pass.order[static_cast<std::size_t>(index - pass.begin)];
+        for (; index < stop; index += every) *out++ = pass.order[static_cast<std::size_t>(index - pass.begin)];
       }
     }
   }
@@ -294,10 +345,9 @@ void Engine::walk() {
     std::size_t left = 0;
     for (std::size_t i = 0; i < walking_; ++i) {
       const Walk current = walks_[i];
-      const std::uint64_t value = current.feistel->once(static_cast<std::uint64_t>(*current.out));
-      *current.out = static_cast<std::int64_t>(value);
+      *current.out = current.feistel->once(*current.out);
       walks_[left] = current;
-      left += current.feistel->outside(value);
+      left += current.feistel->outside(*current.out);
     }
     walking_ = left;
   }
@@ -309,7 +359,6 @@ const Engine::Pass& Engine::enter_pass(std::size_t task, std::int64_t index) {
   if (pass.begin >= 0 && pass.begin <= index && index < pass.begin + size) return pass;
   const std::int64_t done = index / size;
   const std::uint64_t key = fold(task_keys_[task], static_cast<std::uint64_t>(done));
-  pass.begin = done * size;
   if (size > kSortedUpTo) {
     walk();  // some may still need the network that goes
     pass.feistel = Feistel(size, key);
@@ -317,6 +366,7 @@ const Engine::Pass& Engine::enter_pass(std::size_t task, std::int64_t index) {
     pass.order.resize(static_cast<std::size_t>(size));
     sorted_order(size, key, pass.order.data());
   }
+  pass.begin = done * size;
   return pass;
 }
 

@@ -28,6 +28,7 @@ struct State {
   Ints drawn;
   Ints last_seen;
   Ints probes;
+  Ints deviations;  // of the replicas, [tasks, replicas]; empty where there is one
 };
 
 // Puts values[t] where who[t]; the difference goes to the payers in proportion, so that the sum stands. Without payers

@@ -356,7 +356,7 @@ def test_check_finds_a_forged_snapshot_whose_digest_is_right() -> None:
     forged = e.snapshot(1500)
     forged["drawn"][0] += 1
     forged["drawn"][1] -= 1
-    forged["digest"] = e._digest(1024, [np.array(forged["credit"]), np.array(forged["drawn"])])
+    forged["digest"] = e._digest(1024, 1, [np.array(forged["credit"]), np.array(forged["drawn"])])
     moved().restore(forged)
     with pytest.raises(ValueError, match="is not what replaying the batches before it gives"):
         moved().check(forged)

@@ -14,28 +14,27 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from . import native
 from .arrays import IntArray
-from .index_numpy import ALGORITHM, MAX_BATCH_SIZE
+from .index_numpy import ALGORITHM, MAX_BATCH_SIZE, MAX_BATCHES, MAX_EXAMPLES, State
 from .quota import ONE
+from .replicas import MAX_DEVIATION, MAX_DEVIATIONS
 
 MAX_TASKS = 1 << 20
-MAX_EXAMPLES = 1 << 48
-"""Examples in all tasks together."""
-
-MAX_BATCHES = 1 << 40
-"""Batches of a run: with the largest batch, the draws of one task still fit 62 bits."""
 
 _MASK = (1 << 64) - 1
 
 
 class Draw(NamedTuple):
     """One batch, sorted by task: ``counts`` int64 [T]; ``positions`` int64 [batch size], each in range(size of its
-    task), the first counts[0] of them belonging to task 0 and so on."""
+    task), the first counts[0] of them belonging to task 0 and so on. Replica r of n gets the rows
+    ``(r + offset) % n :: n``."""
 
     counts: IntArray
     positions: IntArray
+    offset: int
 
 
 class IndexEngine:
@@ -43,6 +42,8 @@ class IndexEngine:
 
     ``sizes`` int64 [T], all positive; ``probe_every``: no task stays unseen for more than this many batches;
     ``max_draws`` int64 [T]: most examples ever drawn of each task; ``era`` enters the keys of the permutations.
+    ``num_replicas``: the rows of each batch are dealt out to so many, see ``replicas``; ``batch_size`` counts the rows
+    of all of them. The batches are the same for any number.
     ``commit`` must have given weights for ``first_batch`` before the first draw. Safe to call from several threads;
     the C++ engine lets go of the interpreter's lock while it computes.
     """
@@ -57,6 +58,7 @@ class IndexEngine:
         era: int = 0,
         probe_every: int | None = None,
         max_draws: IntArray | None = None,
+        num_replicas: int = 1,
     ) -> None:
         sizes = _integers("sizes", sizes, None)
         tasks = len(sizes)
@@ -80,13 +82,20 @@ class IndexEngine:
             max_draws = _integers("max_draws", max_draws, tasks)
             if int(max_draws.min()) < 0:
                 raise ValueError(f"max_draws must not be negative, got {int(max_draws.min())}")
+        if num_replicas < 1 or batch_size % num_replicas:
+            raise ValueError(
+                f"batch_size must be a multiple of num_replicas, got {batch_size} rows for {num_replicas} replicas"
+            )
+        if num_replicas > 1 and num_replicas * tasks > MAX_DEVIATIONS:
+            raise ValueError(f"num_replicas x tasks must be at most 2**24, got {num_replicas} x {tasks}")
         self._tasks = tasks
         self._batch_size = batch_size
         self._first = first_batch
         self._arguments = (int(seed) & _MASK, sizes, int(batch_size), int(first_batch), int(era) & _MASK)
         self._guards = (min(int(probe_every or 0), MAX_BATCHES), max_draws)
+        self._replicas = int(num_replicas)
         self._changes: list[tuple[int, IntArray]] = []
-        self._core = native.engine_class()(*self._arguments, *self._guards)
+        self._core = native.engine_class()(*self._arguments, *self._guards, self._replicas)
 
     def commit(self, effective_at: int, weights: IntArray) -> None:
         """Weights int64 [T], summing to 2**40, for batches from ``effective_at`` on. Derived states after it go."""
@@ -104,6 +113,23 @@ class IndexEngine:
         """Batch ``k``. Raises RuntimeError when every task with any weight has been drawn ``max_draws`` times."""
         return Draw(*self._core.draw(self._reachable(k, drawing=True)))
 
+    def counts(self, k: int) -> tuple[IntArray, int]:
+        """Counts int64 [T] and offset of batch ``k``; computes no positions. Raises as ``draw`` does."""
+        counts, offset = self._core.counts(self._reachable(k, drawing=True))
+        return counts, offset
+
+    def examples(self, k: int, starts: IntArray, order: npt.NDArray[Any] | None = None, rank: int = 0) -> list[int]:
+        """The rows of batch ``k`` that replica ``rank`` gets, as indices of a data set: ``order[start of the row's task
+        + position]``, or without ``order`` that sum itself.
+
+        ``starts`` int64 [T]; ``order``: uint32 or uint64, [examples]. Raises as ``draw`` does, IndexError where a sum
+        lies beyond ``order``, ValueError for a ``rank`` that is none.
+        """
+        if not 0 <= rank < self._replicas:
+            raise ValueError(f"rank must be between 0 and {self._replicas - 1}, got {rank}")
+        found: list[int] = self._core.examples(self._reachable(k, drawing=True), starts, order, rank)
+        return found
+
     def totals(self, k: int) -> IntArray:
         """Examples of each task in the batches before ``k``, int64 [T]."""
         totals: IntArray = self._core.totals(self._reachable(k))
@@ -120,31 +146,28 @@ class IndexEngine:
         batch = self._core.snapshot_at(self._reachable(k))
         return self._to_dict(batch)
 
-    def restore(self, snapshot: Mapping[str, Any]) -> None:
+    def restore(self, snapshot: Mapping[str, Any]) -> bool:
         """Take over what ``snapshot`` gave, so that batches after it need no replay of those before.
 
-        Raises ValueError where it was changed or belongs to another stream; ``check`` does not even trust its digest.
+        False, with nothing taken over, for a snapshot of the same stream that was taken with another ``num_replicas``:
+        who got which rows is then found by replaying all batches. Raises ValueError where it was changed or belongs to
+        another stream; ``check`` does not even trust its digest.
         """
-        batch, arrays = self._from_dict(snapshot)
+        batch, replicas, arrays = self._from_dict(snapshot)
+        if replicas != self._replicas:
+            return False
         self._core.restore(batch, *arrays)
+        return True
 
     def check(self, snapshot: Mapping[str, Any]) -> None:
         """Raises ValueError unless replaying all batches before it, on a fresh engine, gives this very snapshot."""
-        batch, _ = self._from_dict(snapshot)
-        fresh = IndexEngine(
-            *self._arguments[:3],
-            first_batch=self._first,
-            era=self._arguments[4],
-            probe_every=self._guards[0] or None,
-            max_draws=self._guards[1],
-        )
-        for effective_at, weights in self._changes:
-            fresh.commit(effective_at, weights)
+        batch, replicas, _ = self._from_dict(snapshot)
+        fresh = _rebuild(self._arguments, self._guards, replicas, self._changes)
         if fresh._to_dict(batch) != dict(snapshot):
             raise ValueError(f"the snapshot of batch {batch} is not what replaying the batches before it gives")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._arguments, self._guards, self._changes)
+        return _rebuild, (self._arguments, self._guards, self._replicas, self._changes)
 
     def _reachable(self, k: int, drawing: bool = False) -> int:
         if k < self._first:
@@ -155,51 +178,83 @@ class IndexEngine:
             raise RuntimeError(f"no weights are committed for batch {self._first} yet")
         return int(k)
 
-    def _to_dict(self, batch: int) -> dict[str, Any]:
-        names = ("credit", "drawn", "last_seen", "probes")[: 4 if self._guards[0] else 2]
-        arrays = dict(zip(names, self._core.state(batch), strict=False))
-        out: dict[str, Any] = {"batch": batch, **{name: values.tolist() for name, values in arrays.items()}}
-        return {**out, "digest": self._digest(batch, list(arrays.values()))}
+    def _names(self, replicas: int) -> list[str]:
+        names = ["credit", "drawn"]
+        if self._guards[0]:
+            names += ["last_seen", "probes"]
+        if replicas > 1:
+            names.append("deviations")
+        return names
 
-    def _from_dict(self, snapshot: Mapping[str, Any]) -> tuple[int, list[IntArray]]:
+    def _to_dict(self, batch: int) -> dict[str, Any]:
+        state = State(*self._core.state(batch))._asdict()
+        arrays = {name: state[name] for name in self._names(self._replicas)}
+        out: dict[str, Any] = {"batch": batch, **{name: values.tolist() for name, values in arrays.items()}}
+        if self._replicas > 1:
+            out["replicas"] = self._replicas
+        return {**out, "digest": self._digest(batch, self._replicas, list(arrays.values()))}
+
+    def _from_dict(self, snapshot: Mapping[str, Any]) -> tuple[int, int, State]:
+        """Batch, number of replicas and state."""
         wrong = "the snapshot in the saved state was changed or belongs to another stream: {}; delete it to replay"
-        names = ("credit", "drawn", "last_seen", "probes")[: 4 if self._guards[0] else 2]
-        if set(snapshot) != {"batch", "digest", *names}:
+        replicas = snapshot.get("replicas", 1)
+        if type(replicas) is not int or replicas < 1 or self._batch_size % replicas:
+            raise ValueError(wrong.format(f"it is of {replicas!r} replicas, batch_size is {self._batch_size}"))
+        names = self._names(replicas)
+        if set(snapshot) != {"batch", "digest", *names, *(["replicas"] if replicas > 1 else [])}:
             raise ValueError(wrong.format(f"its keys are {sorted(snapshot)}"))
         batch = self._reachable(snapshot["batch"])
+        arrays: dict[str, IntArray] = {}
         try:
-            arrays = [_integers(name, np.array(snapshot[name], dtype=np.int64), self._tasks) for name in names]
+            for name in names:
+                length = self._tasks * (replicas if name == "deviations" else 1)
+                arrays[name] = _integers(name, np.array(snapshot[name], dtype=np.int64), length)
         except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(wrong.format(error)) from None
-        if self._digest(batch, arrays) != snapshot["digest"]:
+        if self._digest(batch, replicas, list(arrays.values())) != snapshot["digest"]:
             raise ValueError(wrong.format("its digest does not match"))
-        if not self._plausible(batch, arrays):
+        arrays.setdefault("last_seen", np.full(self._tasks, self._first - 1, dtype=np.int64))
+        arrays.setdefault("probes", np.zeros(self._tasks, dtype=np.int64))
+        arrays.setdefault("deviations", np.empty(0, dtype=np.int64))
+        state = State(**arrays)
+        if not self._plausible(batch, replicas, state):
             raise ValueError(wrong.format("its counts do not add up"))
-        if not self._guards[0]:
-            arrays += [np.full(self._tasks, self._first - 1), np.zeros(self._tasks, dtype=np.int64)]
-        return batch, arrays
+        return batch, replicas, state
 
-    def _plausible(self, batch: int, arrays: list[IntArray]) -> bool:
-        credit, drawn = arrays[:2]
+    def _plausible(self, batch: int, replicas: int, state: State) -> bool:
         done = batch - self._first
         most = ONE * (self._batch_size + 1 + math.log(self._tasks))
         fine = (
-            int(credit.sum()) == 0
-            and int(np.abs(credit).max()) <= most
-            and int(drawn.min()) >= 0
-            and int(drawn.max()) <= done * self._batch_size
-            and int(drawn.sum()) == done * self._batch_size
+            int(state.credit.sum()) == 0
+            and int(np.abs(state.credit).max()) <= most
+            and int(state.drawn.min()) >= 0
+            and int(state.drawn.max()) <= done * self._batch_size
+            and int(state.drawn.sum()) == done * self._batch_size
+            and self._first - 1 <= int(state.last_seen.min())
+            and int(state.last_seen.max()) < batch
+            and int(state.probes.min()) >= 0
+            and int(state.probes.max()) <= done
         )
-        if len(arrays) > 2:
-            last_seen, probes = arrays[2:]
-            fine &= self._first - 1 <= int(last_seen.min()) and int(last_seen.max()) < batch
-            fine &= int(probes.min()) >= 0 and int(probes.max()) <= done
+        if fine and replicas > 1:
+            # n times the rows of each task and replica: whole rows, none of them negative, and every replica has its
+            # part of every batch.
+            deviations = state.deviations.reshape(-1, replicas)
+            rows = deviations + state.drawn[:, None]
+            fine = (
+                int(np.abs(deviations).max()) <= MAX_DEVIATION
+                and int(rows.min()) >= 0
+                and not (rows % replicas).any()
+                and not deviations.sum(axis=0).any()
+                and not deviations.sum(axis=1).any()
+            )
         return fine
 
-    def _digest(self, batch: int, arrays: list[IntArray]) -> str:
+    def _digest(self, batch: int, replicas: int, arrays: list[IntArray]) -> str:
         seed, sizes, batch_size, first, era = self._arguments
         probe_every, max_draws = self._guards
         digest = hashlib.sha256(f"{ALGORITHM} {seed} {batch_size} {first} {era} {probe_every} {batch}".encode())
+        if replicas > 1:
+            digest.update(f" {replicas}".encode())
         for values in (sizes, np.empty(0, np.int64) if max_draws is None else max_draws, *arrays):
             digest.update(values.astype("<i8").tobytes())
         for effective_at, weights in self._changes:
@@ -208,11 +263,20 @@ class IndexEngine:
         return digest.hexdigest()
 
 
-def _rebuild(arguments: tuple[Any, ...], guards: tuple[Any, ...], changes: list[tuple[int, IntArray]]) -> IndexEngine:
+def _rebuild(
+    arguments: tuple[Any, ...], guards: tuple[Any, ...], replicas: int, changes: list[tuple[int, IntArray]]
+) -> IndexEngine:
     # Everything else is derived from these.
     seed, sizes, batch_size, first_batch, era = arguments
     engine = IndexEngine(
-        seed, sizes, batch_size, first_batch=first_batch, era=era, probe_every=guards[0] or None, max_draws=guards[1]
+        seed,
+        sizes,
+        batch_size,
+        first_batch=first_batch,
+        era=era,
+        probe_every=guards[0] or None,
+        max_draws=guards[1],
+        num_replicas=replicas,
     )
     for effective_at, weights in changes:
         engine.commit(effective_at, weights)

@@ -290,7 +290,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
             first, step = (self._rank + offset) % settings.num_replicas, settings.num_replicas
             tasks: list[int] = np.repeat(np.arange(len(counts)), counts)[first::step].tolist()
             return tasks
-        return self._index.examples(control.engine.draw(k), self._rank, settings.num_replicas)
+        return self._index.examples(control.engine, k, self._rank)
 
     # -- counting -----------------------------------------------------------------------------------------------------
 

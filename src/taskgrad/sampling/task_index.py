@@ -16,6 +16,7 @@ import numpy.typing as npt
 from . import index_file
 from .arrays import IntArray, to_numpy
 from .grouping import Survey, order_dtype, sort_by_task, survey
+from .index import IndexEngine
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,12 +70,9 @@ class TaskIndex:
         digest, names, sizes, order = index_file.read(path, whole=True)
         return cls(names or numbered(len(sizes)), names is not None, sizes, starts(sizes), order, digest, path)
 
-    def examples(self, counts: IntArray, positions: IntArray) -> list[int]:
-        """Data set indices of a draw: ``counts`` int64 [T], ``positions`` int64 [batch size], sorted by task."""
-        rows = np.repeat(self.offsets, counts)
-        rows += positions
-        found: list[int] = (rows if self.order is None else self.order.take(rows)).tolist()
-        return found
+    def examples(self, engine: IndexEngine, k: int, rank: int = 0) -> list[int]:
+        """Data set indices of the rows of batch ``k`` that replica ``rank`` gets, sorted by task; draws the batch."""
+        return engine.examples(k, self.offsets, self.order, rank)
 
     def __len__(self) -> int:
         return int(self.sizes.sum())
