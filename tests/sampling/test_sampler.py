@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -67,10 +68,11 @@ def test_a_plain_loop_over_epochs_moves_on() -> None:
     epochs = [list(sampler) for _ in range(3)]
     assert sampler.epoch == 2
     for e in (0, 1, 2):
-        other.set_epoch(e)
+        other.set_epoch(0)  # as a framework does that counts by itself
         assert list(other) == epochs[e]
-    other.set_epoch(1)
-    assert list(other) == epochs[1]
+    other.rewind(1)
+    assert list(other) == epochs[1] and other.epoch == 1
+    assert list(other) == epochs[2] and other.epoch == 2
     assert epochs[0] != epochs[1] != epochs[2]
 
 
@@ -81,16 +83,41 @@ def test_passes_go_on_over_the_epoch_boundary() -> None:
     assert len(set(rare[:11].tolist())) == 11 and len(set(rare[11:22].tolist())) == 11
 
 
-def test_an_epoch_left_early_is_run_through_again() -> None:
+def test_every_iteration_begins_at_the_first_batch_not_consumed() -> None:
+    straight = [batch for sampler in [build(Proportional())] for _ in range(3) for batch in sampler]
     sampler = build(Proportional())
-    peek = next(iter(sampler))
     for i, _ in enumerate(sampler):
+        sampler.update()
         if i == 9:
             break
-    epoch = list(sampler)
-    assert epoch[0] == peek and len(epoch) == len(sampler)
-    assert sampler.epoch == 0
-    assert next(iter(sampler)) != peek and sampler.epoch == 1
+    peeks = [next(iter(sampler)), next(iter(sampler))]
+    assert peeks == [straight[10]] * 2 and sampler.epoch == 1
+    assert list(sampler) == straight[10 : 10 + len(sampler)]
+    sampler.advance(len(sampler))
+    assert list(sampler) == straight[10 + len(sampler) : 10 + 2 * len(sampler)]
+    assert sampler.epoch == 2
+
+
+def test_without_counting_what_was_drawn_is_consumed() -> None:
+    straight = list(build(Proportional()))
+    sampler = build(Proportional())
+    first = list(islice(sampler, 10))
+    assert first + list(sampler)[:20] == straight[:30]
+    assert sampler.consumed == 10 + len(sampler)
+
+
+def test_an_epoch_may_be_run_again() -> None:
+    sampler = build(Proportional())
+    epochs = [list(islice(sampler, 7)), list(sampler), list(islice(sampler, 3)), list(islice(sampler, 3)), list(sampler)]
+    for e in (4, 3, 2, 1, 0):
+        sampler.rewind(e)
+        assert sampler.epoch == e and sampler.consumed == sum(map(len, epochs[:e]))
+        again = list(sampler)
+        assert again[: len(epochs[e])] == epochs[e] and len(again) == len(sampler)
+    with pytest.raises(ValueError, match="epoch 3 has not begun yet: the run is in epoch 0"):
+        sampler.rewind(3)
+    with pytest.raises(ValueError, match="epoch must be at least 0"):
+        sampler.rewind(-1)
 
 
 def test_iter_alone_changes_nothing() -> None:
@@ -99,7 +126,8 @@ def test_iter_alone_changes_nothing() -> None:
     iter(sampler)
     iter(sampler)
     assert sampler.epoch == 0
-    next(iter(sampler))
+    begun = iter(sampler)
+    next(begun)
     assert sampler.epoch == 1
 
 
@@ -107,10 +135,11 @@ def test_an_epoch_run_through_again_has_the_same_batches_and_reports_count_only(
     sampler = build()
     first = list(trained(sampler, sampler, 15))
     entries = len(sampler.ledger)
+    sampler.rewind(0)
     again = list(trained(sampler, sampler, 15))
     assert again == first
     assert len(sampler.ledger) == entries
-    list(trained(sampler, sampler, 25))
+    list(trained(sampler, sampler, 10))
     assert len(sampler.ledger) > entries
     assert sampler.ledger[entries].cause in {f"report on batch {j}" for j in range(15, 25)}
 
@@ -161,7 +190,7 @@ def test_a_decision_takes_effect_though_the_next_report_is_for_a_later_change() 
         if j % 6 == 5:
             sampler.update(Report(step=j), batch=j)
     assert [(e.effective_at, e.cause) for e in sampler.ledger][1:] == [(20, "report on batch 11")]
-    assert sampler.state_dict()["waiting"][0] == 30
+    assert [waiting[0] for waiting in sampler.state_dict()["waiting"]] == [30]
 
 
 def test_weights_are_those_of_the_next_batch() -> None:
@@ -249,7 +278,7 @@ def test_a_change_on_a_drawn_batch_raises_and_names_the_delay() -> None:
     batches = iter(sampler)
     for _ in range(8):
         next(batches)
-    with pytest.raises(ValueError, match=r"takes effect at batch 3, but 8 batches are already drawn.*delay=7 or more"):
+    with pytest.raises(ValueError, match=r"takes effect at batch 3, but 8 batches are already drawn: .*delay=7 or more"):
         sampler.update(Report(step=1))
     assert sampler.consumed == 8 and len(sampler.ledger) == 1
     enough = build(update_every=3, delay=7)
@@ -257,7 +286,7 @@ def test_a_change_on_a_drawn_batch_raises_and_names_the_delay() -> None:
     for _ in range(8):
         next(batches)
     enough.update(Report(step=1))
-    assert enough.state_dict()["waiting"][0] == 9
+    assert [waiting[0] for waiting in enough.state_dict()["waiting"]] == [9]
 
 
 def test_a_fixed_policy_needs_no_delay() -> None:
@@ -316,7 +345,7 @@ def test_probes_may_take_half_of_the_batches() -> None:
 def test_loss_weight_is_natural_share_over_the_probability_of_that_batch() -> None:
     sampler = build(Steps())
     batches = iter(sampler)
-    with pytest.raises(ValueError, match="batch 0 has no loss weight yet: only 0 batches were drawn"):
+    with pytest.raises(ValueError, match="batch 0 was not drawn yet: only 0 batches were drawn"):
         sampler.loss_weight(0)
     for step in range(1, 5):
         next(batches)
@@ -330,7 +359,7 @@ def test_loss_weight_is_natural_share_over_the_probability_of_that_batch() -> No
     resumed.load_state_dict(sampler.state_dict())
     assert resumed.loss_weight(3).tolist() == sampler.loss_weight(3).tolist()
     for arguments, error, message in (
-        ((4,), ValueError, "batch 4 has no loss weight yet: only 4 batches"),
+        ((4,), ValueError, "batch 4 was not drawn yet: only 4 batches"),
         ((-1,), ValueError, "batch must be at least 0"),
         ((0, "verse"), ValueError, r"task names unknown tasks \['verse'\]"),
         ((0, 4), ValueError, r"task must be below 4, got 4; the tasks are \['text'"),
@@ -434,6 +463,11 @@ def test_the_default_policy() -> None:
         ({"batch_size": True}, TypeError, "batch_size must be an integer"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"update_every": 0}, ValueError, "update_every must be at least 1"),
+        ({"num_replicas": 2}, TypeError, "pass num_replicas and rank together"),
+        ({"rank": 0}, TypeError, "pass num_replicas and rank together"),
+        ({"num_replicas": 2, "rank": 2}, ValueError, "rank must be below num_replicas, 2, got 2"),
+        ({"num_replicas": 0, "rank": 0}, ValueError, "num_replicas must be at least 1"),
+        ({"shares": {"text": 1}}, TypeError, "pass task_of_example.*or, for a stream .* shares="),
         ({"delay": -1}, ValueError, "delay must be at least 0"),
         ({"num_batches": 0}, ValueError, "num_batches must be at least 1"),
         ({"horizon": 0}, ValueError, "horizon must be at least 1"),

@@ -13,7 +13,7 @@ _TOLERANCE = ONE >> 20  # what rounding on another machine may make of the same 
 
 _DIFFERS = {
     1: "another ledger: other arguments, data or loaded states",
-    2: "a decision where the others have none, or none where they have one: other reports, or update() called otherwise",
+    2: "a decision where rank 0 has none, or none where it has one: other reports, or update() called otherwise",
     3: "other weights from the same policy: other reports",
 }
 

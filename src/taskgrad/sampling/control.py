@@ -1,8 +1,8 @@
 """From reports to ledger entries: the policy, its state, the guards, and what waits to take effect.
 
-What is decided on batch j enters the stream at the first multiple of ``update_every`` that is at least j + 1 + ``delay``
-(j counted from 0, so j + 1 batches are consumed by then). Neither number is read from the loader, so the stream does not
-depend on it, as long as the loader draws at most ``delay`` batches ahead.
+What is decided on batch j enters the stream at the first multiple of ``update_every`` that is at least j + 1 +
+``delay`` (j counted from 0, so j + 1 batches are consumed by then). Neither number is read from the loader, so the
+stream does not depend on it, as long as the loader draws at most ``delay`` batches ahead.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Realised:
     """What was drawn up to a batch, against what was intended; arrays [T].
 
     ``examples`` int64; ``share`` of all examples; ``intended``: mean of the weights over the same batches;
-    ``epochs``: passes over each task's examples, ``None`` where only shares are known; ``probes`` int64: slots that ``probe_every`` took; ``capped``: tasks
-    drawn ``max_epochs`` times, which get no more.
+    ``epochs``: passes over each task's examples, ``None`` where only shares are known; ``probes`` int64: slots that
+    ``probe_every`` took; ``capped``: tasks drawn ``max_epochs`` times, which get no more.
     """
 
     tasks: tuple[str, ...]
@@ -185,6 +185,14 @@ class Control:
         while self.agreement is None and self._waiting and self._waiting[0].effective_at < batch:
             decision = self._waiting.pop(0)
             self._commit(decision.effective_at, decision.shares, decision.cause)
+
+    def weights_at(self, batch: int) -> FloatArray:
+        """Probabilities [T] in force at ``batch``, also where they still wait to be entered."""
+        weights = from_units(self.ledger.at(batch).weights)
+        for decision in self._waiting:
+            if decision.effective_at <= batch:
+                weights = from_units(to_units(self.settings.guards.apply(decision.shares, weights)[0]))
+        return weights
 
     # -- several ranks ------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Samplers whose task mix follows the training run.
 
-``Stream`` says where the run is, ``Control`` what the next batches are made of, ``Following`` brings both what a tracker
-tells.
+``Stream`` says where the run is, ``Control`` what the next batches are made of, ``Following`` brings both what a
+tracker tells.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
     @property
     def weights(self) -> FloatArray:
         """Probabilities [T] in force for the next batch to be drawn, float64."""
-        return from_units(self._control.ledger.at(self._stream.drawn).weights)
+        return self._control.weights_at(self._stream.drawn)
 
     @property
     def ledger(self) -> Ledger:
@@ -265,18 +265,18 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         shards = loaders.shards()
         if shards > 1:
             raise RuntimeError(
-                f"Accelerate is about to spread the batches of this sampler over {shards} processes, each of which would "
-                "count a few of them only: use taskgrad.integrations.accelerate.prepare(accelerator, tracker, sampler, "
-                "loader) in the place of accelerator.prepare(loader), or build the sampler with num_replicas and rank "
+                f"Accelerate is about to spread the batches of this sampler over {shards} processes, each of which "
+                "would count a few of them only: use taskgrad.integrations.accelerate.prepare(accelerator, tracker, "
+                "sampler, loader) in the place of accelerator.prepare(loader), or build the sampler with num_replicas and rank "
                 "and leave its loader out of prepare()"
             )
         ranks = world()
         if ranks > 1 and not self._sharded and not self._warned:
             self._warned = True
             warnings.warn(
-                f"taskgrad: {ranks} ranks are up, and all of them draw the same batches from this sampler: build it with "
-                f"num_replicas={ranks}, rank=torch.distributed.get_rank() and batch_size per rank (num_replicas=1, "
-                "rank=0 where they are to train on the same ones)",
+                f"taskgrad: {ranks} ranks are up, and all of them draw the same batches from this sampler: build it "
+                f"with num_replicas={ranks}, rank=torch.distributed.get_rank() and batch_size per rank (with "
+                "num_replicas=1, rank=0 where they are to train on the same ones)",
                 stacklevel=3,
             )
         return Drawing(self._stream, self._draw)
@@ -328,12 +328,13 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         Raises ValueError beyond what was drawn.
         """
         n = count_of("batches", batches, 0)
-        self._start_by_hand()
-        if self.consumed + n > self._stream.drawn:
+        counted, drawn = self._stream.uncounted, self._stream.drawn
+        if counted + n > drawn:
             raise ValueError(
-                f"advance({n}) goes beyond what was drawn: {self.consumed} batches are counted and {self._stream.drawn} "
-                "were drawn from this sampler"
+                f"advance({n}) goes beyond what was drawn: {counted} batches are counted, and {drawn} were drawn from "
+                "this sampler"
             )
+        self._start_by_hand()
         for _ in range(n):
             self._following.counted()
 
@@ -356,21 +357,22 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
                 "this sampler follows a tracker, which hands over every report and counts every batch: leave update() "
                 "out (advance(n) counts batches of the loader without a tracker.batch())"
             )
-        self._start_by_hand()
-        b = stream.consumed if batch is None else count_of("batch", batch, 0)
+        following = stream.uncounted
+        b = following if batch is None else count_of("batch", batch, 0)
         if b >= stream.drawn:
             raise ValueError(
                 f"update is on batch {b}, but only {stream.drawn} batches were drawn from this sampler: call it once "
                 "per batch of the loader, on the sampler object that the loader draws from"
             )
-        if b < stream.consumed:
-            raise ValueError(f"update is on batch {b}, but batch {stream.consumed} is the first one not yet reported")
+        if b < following:
+            raise ValueError(f"update is on batch {b}, but batch {following} is the first one not yet reported")
         if report is not None:
             if not all(hasattr(report, name) for name in ("tasks", "valid")):
                 raise TypeError(f"report must be a StepReport (tracker.report()), got {type(report).__name__}")
             self._adopt(tuple(report.tasks), "report")
             if b >= stream.most and self._control.adaptive:
                 self._control.decide_by_hand(report, b, lr, stream)
+        self._start_by_hand()
         stream.count(b)
         self._control.enter_before(b + 2 + self._settings.delay)  # no later report can replace such a decision
         self._control.settle(stream, self._following.hand_over)
@@ -486,8 +488,8 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         if ledger.data != self._settings.data:
             raise ValueError(
                 f"the saved ledger is for other examples of the same number per task: saved {ledger.data}, here "
-                f"{self._settings.data} (ids, ranges and shares count as different): call rebase(state) to continue the "
-                "run on other data, in a new ledger era"
+                f"{self._settings.data} (ids, ranges and shares count as different): call rebase(state) to continue "
+                "the run on other data, in a new ledger era"
             )
 
     def _check_built_alike(self, state: Mapping[str, Any]) -> None:
@@ -548,8 +550,8 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
 class AdaptiveBatchSampler(_Adaptive[list[int]]):
     """Yields lists of data set indices, sorted by task, for ``DataLoader(dataset, batch_sampler=...)``.
 
-    Every ``iter()`` yields ``len`` batches, from the first one not consumed, whether the last epoch was run through, left
-    early, or only looked into. Consumed is what ``follow`` or ``update`` counts, without them what was drawn.
+    Every ``iter()`` yields ``len`` batches, from the first one not consumed, whether the last epoch was run through,
+    left early, or only looked into. Consumed is what ``follow`` or ``update`` counts, without them what was drawn.
 
     Args:
         task_of_example: one task per example of the data set: indices into ``tasks`` (list, array or tensor of
@@ -566,8 +568,8 @@ class AdaptiveBatchSampler(_Adaptive[list[int]]):
         dataset: only its length is read, to check ``task_of_example`` against it.
         num_batches: batches in an epoch, by default ceil(examples / (batch_size * num_replicas)). Every batch is full.
         num_replicas, rank: as of a ``DistributedSampler``, but never read from a process group: of every global batch
-            this sampler draws the part of ``rank``. Parts are disjoint, together the global batch, and over the run hold
-            as many rows of a task as the others', to within 2 + T / 2.
+            this sampler draws the part of ``rank``. Parts are disjoint, together the global batch, and over the run
+            hold as many rows of a task as the others', to within 2 + T / 2.
         update_every: weights change only at batches that are multiples of it.
         delay: batches between a report and its effect, at least: as many as the loader may draw ahead
             (``num_workers * prefetch_factor``; Accelerate one more, and times the processes). 64 by default; in a run

@@ -138,8 +138,8 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """What a saved state must agree on: everything that the stream depends on, but for sizes, which the ledger
-        holds: the global batch, whatever ranks it is spread over. Importance, critical tasks and horizon only speak to the
-        policy, about what is still to come."""
+        holds: the global batch, whatever ranks it is spread over. Importance, critical tasks and horizon only speak to
+        the policy, about what is still to come."""
         return {
             "algorithm": ALGORITHM,
             "seed": self.seed,

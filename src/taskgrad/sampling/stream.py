@@ -44,6 +44,11 @@ class Stream:
     def consumed(self) -> int:
         return self._consumed if self.counting else self._yielded
 
+    @property
+    def uncounted(self) -> int:
+        """The first batch that ``update`` has not counted."""
+        return self._consumed if self.counting else self._base
+
     # -- epochs -------------------------------------------------------------------------------------------------------
 
     @property
@@ -69,9 +74,7 @@ class Stream:
         """The next iteration runs through ``epoch``, from its start."""
         now = self.span()[0]
         if epoch < self.epochs.first:
-            raise ValueError(
-                f"epoch {epoch} was drawn from other data: since rebase, the first is {self.epochs.first}"
-            )
+            raise ValueError(f"epoch {epoch} was drawn from other data: since rebase, the first is {self.epochs.first}")
         if epoch > now:
             raise ValueError(f"rewind goes back, but epoch {epoch} has not begun yet: the run is in epoch {now}")
         start = self.epochs.start(epoch)
@@ -177,7 +180,7 @@ class Stream:
         ahead = self.drawn - batch - 1
         if self._first_ahead is not None and ahead > self._first_ahead + 1:
             return (
-                f", {ahead} more than were counted, where it were {self._first_ahead} at first: update() must be called "
+                f", {ahead} more than were counted, where it was {self._first_ahead} at first: update() must be called "
                 "once for every batch of the loader, micro-batches and skipped ones included, or with batch=, the "
                 "number of the last batch of the step; sampler.follow(tracker) counts by itself"
             )
@@ -320,5 +323,5 @@ class Examples(Iterator[int]):
 
 def _integers(name: str, value: Any, length: int) -> Sequence[int]:
     if not isinstance(value, list | tuple) or len(value) != length or not all(type(v) is int and v >= 0 for v in value):
-        raise ValueError(f"the loader's state has {value!r} as {name} of the sampler's iteration: load one that it saved")
+        raise ValueError(f"the loader's state has {value!r} as {name} of an iteration: load one that it saved")
     return value

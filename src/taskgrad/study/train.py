@@ -141,8 +141,10 @@ def train(
     result = RunResult(name, seed, steps, parameters=sum(p.numel() for p in model.parameters()))
     curves = _Curves(max(1, steps // CURVE_POINTS))
     evaluate_every = max(1, steps // EVALUATIONS)
+    sampler.follow(tracker)
     for index, examples in enumerate(sampler):
         step = index + 1
+        share = sampler.weights
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * _schedule(index, steps)
         inputs, targets, task_ids = mixture.batch(examples, index)
@@ -153,10 +155,7 @@ def train(
             loss = per_example.mean()
             loss.backward()
         optimizer.step()
-        share = sampler.weights
-        report = tracker.report()
-        sampler.update(report)
-        curves.add(step, report, share)
+        curves.add(step, tracker.report(), share)
         mean_accuracy = None
         if step % evaluate_every == 0 or step == steps:
             result.evaluations.append({"step": step, **evaluate(model, mixture)})
@@ -165,7 +164,7 @@ def train(
             on_step(step, loss.item(), mean_accuracy)
     tracker.remove()
     realised = sampler.realised()
-    result.share, result.epochs = realised.share.tolist(), realised.epochs.tolist()
+    result.share, result.epochs = realised.share.tolist(), (realised.examples / list(mixture.sizes.values())).tolist()
     result.curves, result.push = curves.points, curves.push()
     result.seconds = time.perf_counter() - started
     return result

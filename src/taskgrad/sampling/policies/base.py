@@ -36,7 +36,8 @@ class PolicyState:
       ``natural``: sizes / sum(sizes), or these shares.
     - ``importance``: what the user passed to the sampler, ones by default, all positive. ``critical``: bool, tasks that
       the user never wants given up on.
-    - ``batch_size``: examples in a batch, on all ranks together. ``horizon``: batches of the whole run, or None. ``lr``: or None.
+    - ``batch_size``: examples in a batch, on all ranks together. ``horizon``: batches of the whole run, or None.
+      ``lr``: or None.
     - ``step``: index (from 0) of the batch that the report is on; -1 before the first report.
     - ``budget``: the largest share of a batch that may leave the natural mix, or None.
     - ``realised``: share of each task among all examples drawn up to that batch (zeros before the first).
