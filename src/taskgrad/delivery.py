@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -114,8 +116,9 @@ class Delivery:
 class Listener(Protocol):
     """Who follows a tracker."""
 
-    def counted(self) -> None:
-        """The training loop is through with a batch."""
+    def counted(self, examples: npt.NDArray[np.int64] | None) -> None:
+        """The training loop is through with a batch; int64 [T], its rows by task, where every row is an example of one
+        and they are on the CPU."""
 
     def closed(self, delivery: Delivery, lr: Callable[[], float | None]) -> None:
         """A step has closed, in order; ``lr`` is what its optimizer stepped with."""

@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
@@ -99,6 +101,14 @@ class Rows:
             if ran is not None:
                 self.listen(ran)
         return receipt
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64] | None:
+        """Rows by task, int64 [T]; ``None`` for ids per token, on a GPU, or where a row has none."""
+        if len(self.shape) != 1 or self.ids_offsets.device.type != "cpu":
+            return None
+        by_task: npt.NDArray[np.int64] = self.ids_offsets.diff().numpy()
+        return None if by_task[-1] else by_task[:-1]
 
     def share_receipt(self, other: Rows) -> None:
         """Other rows of the same batch: a backward pass through them is one through the batch."""

@@ -186,7 +186,7 @@ class TaskGradTracker:
             )
         evaluation = not batch.graded or (self._without_gradients and not self._with_gradients)
         if self._listener is not None and batch.advance and (failed or not evaluation):
-            self._listener.counted()
+            self._listener.counted(batch.task_rows.counts)
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model's forward begins."""

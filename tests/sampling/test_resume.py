@@ -242,7 +242,9 @@ def test_other_data_or_tasks_refuse_the_state_and_name_rebase() -> None:
 @pytest.mark.parametrize("batch_size, replicas, remedy", [(13, 1, "batch_size=12"), (3, 2, "batch_size=6")])
 def test_another_global_batch_is_refused_and_the_right_one_named(batch_size: int, replicas: int, remedy: str) -> None:
     other = build(batch_size=batch_size, num_replicas=replicas, rank=0)
-    with pytest.raises(ValueError, match=rf"batches of 12 examples on all ranks.*{replicas} x {batch_size}: pass {remedy}"):
+    with pytest.raises(
+        ValueError, match=rf"batches of 12 examples on all ranks.*{replicas} x {batch_size}: pass {remedy}"
+    ):
         other.load_state_dict(saved(build_at(3)))
     with pytest.raises(ValueError, match="no batch_size on 5 ranks keeps it, use a number of ranks that divides 12"):
         build(batch_size=4, num_replicas=5, rank=0).load_state_dict(saved(build_at(3)))

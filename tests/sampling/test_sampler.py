@@ -108,7 +108,13 @@ def test_without_counting_what_was_drawn_is_consumed() -> None:
 
 def test_an_epoch_may_be_run_again() -> None:
     sampler = build(Proportional())
-    epochs = [list(islice(sampler, 7)), list(sampler), list(islice(sampler, 3)), list(islice(sampler, 3)), list(sampler)]
+    epochs = [
+        list(islice(sampler, 7)),
+        list(sampler),
+        list(islice(sampler, 3)),
+        list(islice(sampler, 3)),
+        list(sampler),
+    ]
     for e in (4, 3, 2, 1, 0):
         sampler.rewind(e)
         assert sampler.epoch == e and sampler.consumed == sum(map(len, epochs[:e]))
@@ -278,7 +284,9 @@ def test_a_change_on_a_drawn_batch_raises_and_names_the_delay() -> None:
     batches = iter(sampler)
     for _ in range(8):
         next(batches)
-    with pytest.raises(ValueError, match=r"takes effect at batch 3, but 8 batches are already drawn: .*delay=7 or more"):
+    with pytest.raises(
+        ValueError, match=r"takes effect at batch 3, but 8 batches are already drawn: .*delay=7 or more"
+    ):
         sampler.update(Report(step=1))
     assert sampler.consumed == 8 and len(sampler.ledger) == 1
     enough = build(update_every=3, delay=7)

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
+from .arrays import IntArray
 from .control import Control
 from .stream import Stream
 
@@ -39,17 +42,21 @@ class Following:
     to decide about.
     """
 
-    def __init__(self, stream: Stream, control: Control) -> None:
+    def __init__(self, stream: Stream, control: Control, task_ids: Callable[[int], IntArray]) -> None:
         self.tracker: Any = None
-        self._stream, self._control = stream, control
+        self._stream, self._control, self._task_ids = stream, control, task_ids
         self._queue: deque[_Closed | dict[str, float]] = deque()
 
-    def counted(self) -> None:
-        """The training loop is through with a batch."""
+    def counted(self, examples: IntArray | None) -> None:
+        """The training loop is through with a batch that has so many rows of each task, [T], where that is known."""
         stream = self._stream
         if stream.consumed >= stream.drawn:
             stream.overcounted()
             return
+        if examples is not None and stream.compares:
+            drawn = np.bincount(self._task_ids(stream.consumed), minlength=len(examples))
+            if drawn.sum() == examples.sum():  # else the loop makes batches of its own
+                stream.compare(np.array_equal(drawn, examples))
         stream.count(stream.consumed)
         self._control.settle(stream, self.hand_over)
 

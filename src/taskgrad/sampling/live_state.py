@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
 from typing import Any
 
@@ -18,7 +19,8 @@ class LiveState(dict[str, Any]):
         self._take = take
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return dict, (self._take(),)
+        # OrderedDict: unlike dict, torch.load(weights_only=True) lets it pass
+        return OrderedDict, (), None, None, iter(self._take().items())
 
     def __deepcopy__(self, memo: Any) -> dict[str, Any]:
         return self._take()

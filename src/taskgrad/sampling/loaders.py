@@ -40,7 +40,20 @@ def shards() -> int:
     return 1
 
 
-def stateful() -> bool:
-    """Whether a torchdata ``StatefulDataLoader`` is asking, which takes states whenever it draws a batch and may keep
-    them until much later."""
-    return any(str(frame.f_globals.get("__name__", "")).startswith("torchdata.") for frame in _callers(1)[:2])
+def keeps_state() -> bool:
+    """Whether the state asked for is kept until much later: a torchdata ``StatefulDataLoader`` with workers takes one
+    whenever it draws a batch, Accelerate around one whenever it hands one out."""
+    return any(frame.f_code.co_name in ("_get_main_state", "_update_state_dict") for frame in _callers(1))
+
+
+def skipped() -> int:
+    """How many batches a torchdata ``StatefulDataLoader`` that is being resumed is about to draw and throw away."""
+    for frame in _callers(1):
+        state = frame.f_locals.get("next_iter_state")
+        if _of_torchdata(frame) and isinstance(state, dict):
+            return int(state.get("_steps_since_snapshot", 0))
+    return 0
+
+
+def _of_torchdata(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).startswith("torchdata.")

@@ -113,7 +113,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         self._settings = settings
         self._control = Control(settings, self.policy, self._index.tasks)
         self._stream = self._new_stream(self._control.ledger.start, 0)
-        self._following = Following(self._stream, self._control)
+        self._following = Following(self._stream, self._control, self.task_ids)
         self._warned = False
 
     def _new_stream(self, start: int, first_epoch: int) -> Stream:
@@ -267,8 +267,8 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
             raise RuntimeError(
                 f"Accelerate is about to spread the batches of this sampler over {shards} processes, each of which "
                 "would count a few of them only: use taskgrad.integrations.accelerate.prepare(accelerator, tracker, "
-                "sampler, loader) in the place of accelerator.prepare(loader), or build the sampler with num_replicas and rank "
-                "and leave its loader out of prepare()"
+                "sampler, loader) in the place of accelerator.prepare(loader), or build the sampler with num_replicas "
+                "and rank and leave its loader out of prepare()"
             )
         ranks = world()
         if ranks > 1 and not self._sharded and not self._warned:
@@ -336,7 +336,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
             )
         self._start_by_hand()
         for _ in range(n):
-            self._following.counted()
+            self._following.counted(None)
 
     def update(self, report: Any = None, *, batch: int | None = None, lr: float | None = None) -> None:
         """Count a consumed batch, and let the policy see its report: by hand what ``follow`` does.
@@ -425,7 +425,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         Where nobody counts, the sampler only knows what was drawn: call ``follow`` (or ``update()`` after each batch)
         before, or pass ``consumed``, the number of batches trained on.
         """
-        if consumed is None and loaders.stateful():
+        if consumed is None and loaders.keeps_state():
             return LiveState(self._state)
         return self._state(consumed)
 
@@ -528,7 +528,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         tracker = self._following.tracker
         self._control.open_era(new)
         self._stream = self._new_stream(consumed, epoch + (consumed > start))
-        self._following = Following(self._stream, self._control)
+        self._following = Following(self._stream, self._control, self.task_ids)
         if tracker is not None:
             self.follow(tracker)
 

@@ -20,6 +20,8 @@ from typing import Any
 from . import loaders
 from .epochs import Epochs
 
+_COMPARES, _UNLIKE = 16, 3
+
 
 class Stream:
     """Counters of one sampler. ``length``: batches in an epoch; ``replay``: the first iteration after a load in the
@@ -38,6 +40,8 @@ class Stream:
         self._last: weakref.ref[Drawing] | None = None
         self._left: tuple[int, int, int, int] | None = None
         self._first_ahead: int | None = None  # batches that the loader draws ahead, as seen at the first count
+        self.compares = 0
+        self._unlike = 0
         self._said: set[str] = set()
 
     @property
@@ -100,21 +104,24 @@ class Stream:
         return start if self._resumed and self.replay else at
 
     def resume(self, drawing: Drawing, at: int) -> int:
-        """An iteration goes on at batch ``at``, as its own saved state says; at which it does."""
+        """An iteration goes on where its own saved state says, ``at``, or, if they are counted, at the first batch not
+        consumed; at which it does."""
         if self.counting:
-            if self._consumed < drawing.start:
+            if not drawing.start <= self._consumed <= drawing.stop:
                 raise ValueError(
-                    f"the loader's state is of batch {at}, but only {self._consumed} batches were consumed by the "
-                    "sampler's: load states that were saved together"
+                    f"the loader's state is of an epoch from batch {drawing.start} to {drawing.stop}, the sampler's of "
+                    f"batch {self._consumed}: load states that were saved together"
                 )
-            at = min(at, self._consumed)
+            at = self._consumed - loaders.skipped()
         else:
             self._yielded = at
-        self._base = at
-        self._enter(drawing)
+        if at < drawing.stop:
+            self._base = at
+            self._enter(drawing)
         return at
 
     def _enter(self, drawing: Drawing) -> None:
+        self.compares, self._unlike = _COMPARES, 0
         self._drawings.append(weakref.ref(drawing))
         self._last = weakref.ref(drawing)
         self._left = None
@@ -169,6 +176,20 @@ class Stream:
         self._consumed = batch + 1
         self._resumed = False
         self.most = max(self.most, batch + 1)
+
+    def compare(self, alike: bool) -> None:
+        """Whether the rows trained on have the tasks of the batch that is counted: looked at where an iteration begins,
+        since that is where loops and loaders part."""
+        self.compares -= 1
+        self._unlike += not alike
+        if self._unlike == _UNLIKE:
+            self._say(
+                "unlike",
+                f"the tasks of {_UNLIKE} of the last {_COMPARES - self.compares} batches trained on are not those of "
+                "the batches counted: a batch of the loader was taken and not trained on (iter() of a DataLoader with "
+                "persistent_workers restarts a loop that is under way), or tasks or rows were changed on the way. "
+                "Count what was taken with sampler.advance(n), and pass the ids that the sampler was built with",
+            )
 
     @property
     def fresh(self) -> bool:
@@ -275,7 +296,7 @@ class Drawing(Iterator[list[int]]):
         return {} if self._at is None else {"next": self._at, "epoch": [self.epoch, self.start, self.stop]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken, or at the first batch not consumed where that is earlier."""
+        """Go on where ``state_dict`` was taken, or at the first batch not consumed where they are counted."""
         if not state:
             self._at = None
             return
@@ -284,6 +305,8 @@ class Drawing(Iterator[list[int]]):
         if not self.start <= at <= self.stop:
             raise ValueError(f"the loader's state is of batch {at} of an epoch from {self.start} to {self.stop}")
         self._at = self._stream.resume(self, at)
+        if self._at == self.stop:
+            self._at = None  # that epoch is over: this is the next one
 
 
 class Examples(Iterator[int]):
