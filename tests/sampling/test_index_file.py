@@ -243,7 +243,7 @@ def test_what_is_forged_well_is_read(tmp_path: Path) -> None:
         {"version": 0},
         {"version": 3},
     ],
-    ids=str,
+    ids=lambda said: str(said)[:60],
 )
 def test_a_header_that_means_nothing_is_refused_at_once(tmp_path: Path, said: dict[str, Any]) -> None:
     path = tmp_path / "x"
