@@ -111,11 +111,10 @@ def test_columns_of_tables() -> None:
     missing = pandas.Series([0, None, 1])
     with pytest.raises(TypeError, match="got float64: convert whole numbers to integers, NaN is no task"):
         group_by_task(missing, None)
-    for kind in ("Int64", object):
-        with pytest.raises(
-            (TypeError, ValueError), match=r"1 masked entries|example 1 has nan|example 1 has None|got float64: convert"
-        ):
-            group_by_task(missing.astype(kind), None)
+    with pytest.raises((TypeError, ValueError), match="1 masked entries|got float64: convert"):
+        group_by_task(missing.astype("Int64"), None)
+    with pytest.raises(TypeError, match=r"must hold integers or names, but example 0 has 0\.0"):
+        group_by_task(missing.astype(object), None)
     with pytest.raises(TypeError, match=r"holds names, but example 1 has (nan|None|<NA>)"):
         group_by_task(pandas.Series(["b", None, "a"]), ["b", "a", "None", "nan"])
     with pytest.raises(ValueError, match=r"one task per example, got shape \(6, 1\)"):
