@@ -111,7 +111,7 @@ def test_columns_of_tables() -> None:
     missing = pandas.Series([0, None, 1])
     with pytest.raises(TypeError, match="got float64: convert whole numbers to integers, NaN is no task"):
         group_by_task(missing, None)
-    with pytest.raises((TypeError, ValueError), match="1 masked entries|got float64: convert"):
+    with pytest.raises((TypeError, ValueError), match=r"1 masked entries|got float64: convert"):
         group_by_task(missing.astype("Int64"), None)
     with pytest.raises(TypeError, match=r"must hold integers or names, but example 0 has 0\.0"):
         group_by_task(missing.astype(object), None)

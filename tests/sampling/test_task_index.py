@@ -81,6 +81,16 @@ def test_eight_bytes_above_four_billion_examples() -> None:
     assert out.tolist() == [1, 0, 2]
 
 
+def test_a_file_of_eight_bytes_an_example(tmp_path: Path, built: TaskIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("taskgrad.sampling.index_file.order_dtype", lambda examples: np.dtype("<u8"))
+        index = TaskIndex.build(tmp_path / "x", IDS, tasks=NAMES)
+        assert index.order is not None and index.order.dtype == np.uint64
+        assert np.array_equal(index.order, built.order)
+    with pytest.raises(ValueError, match="its header contradicts itself"):
+        TaskIndex.open(tmp_path / "x")
+
+
 def test_ids_from_a_memory_map_a_tensor_or_a_list(tmp_path: Path, built: TaskIndex) -> None:
     np.save(tmp_path / "ids.npy", IDS)
     mapped = np.load(tmp_path / "ids.npy", mmap_mode="r")

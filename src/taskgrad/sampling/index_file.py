@@ -65,10 +65,8 @@ def is_at(path: Path) -> bool:
 
 
 @contextmanager
-def create(
-    path: Path, digest: str, names: tuple[str, ...] | None, sizes: IntArray, dtype: npt.DTypeLike
-) -> Iterator[npt.NDArray[Any]]:
-    """The order, [examples] of ``dtype``, to be filled in; the file appears at ``path`` afterwards, or never.
+def create(path: Path, digest: str, names: tuple[str, ...] | None, sizes: IntArray) -> Iterator[npt.NDArray[Any]]:
+    """The order, uint32 or uint64 [examples], to be filled in; the file appears at ``path`` afterwards, or never.
 
     Raises ValueError if the names are too long for a header, OSError if there is no room for the file.
     """
@@ -78,8 +76,8 @@ def create(
         raise ValueError(f"tasks take {len(label)} bytes as JSON, an index file holds up to {_MOST_LABEL} of names")
     header = _header_bytes(len(sizes), len(label))
     begin = _begin(header)
-    itemsize = np.dtype(dtype).itemsize
-    length = begin + examples * itemsize
+    dtype = order_dtype(examples)
+    length = begin + examples * dtype.itemsize
     with replacing(path) as temporary, temporary.open("r+b") as file:
         _reserve(file.fileno(), length, path)
         mapped = np.memmap(file, dtype=dtype, mode="r+", offset=begin, shape=(examples,))
@@ -91,7 +89,7 @@ def create(
         for chunk in _chunks(file, length - header):
             checksum = zlib.crc32(chunk, checksum)
         raw = bytes.fromhex(digest.removeprefix(_SCHEME))
-        fixed = _FIXED.pack(_MAGIC, VERSION, itemsize, len(sizes), examples, begin, len(label), raw, checksum)
+        fixed = _FIXED.pack(_MAGIC, VERSION, dtype.itemsize, len(sizes), examples, begin, len(label), raw, checksum)
         rest = sizes.astype("<i8").tobytes() + label
         file.seek(0)
         file.write(fixed + hashlib.sha256(fixed + rest).digest() + rest)

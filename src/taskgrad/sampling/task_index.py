@@ -76,8 +76,7 @@ class TaskIndex:
                 index = cls.open(path)
                 if is_wanted(index):
                     return index
-        dtype = order_dtype(len(ids))
-        with index_file.create(path, found.digest, names, found.sizes, dtype) as order:
+        with index_file.create(path, found.digest, names, found.sizes) as order:
             sort_by_task(ids, found, order)
         index = cls.open(path)
         if not is_wanted(index):
