@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import array
+import collections
+import enum
 import time
 from typing import Any
 
@@ -7,14 +10,44 @@ import numpy as np
 import pytest
 import torch
 
-from taskgrad.sampling.inputs import group_by_task, known, per_task
+from taskgrad.sampling.inputs import count_of, group_by_task, known, per_task
 
 IDS = [1, 0, 0, 2, 1, 0]
 
 
+class Number(enum.IntEnum):
+    ZERO = 0
+    ONE = 1
+    TWO = 2
+
+
+class Name(str, enum.Enum):
+    TEXT = "text"
+    CODE = "ü"
+
+
 @pytest.mark.parametrize(
     "ids",
-    [IDS, tuple(IDS), np.array(IDS), np.array(IDS, dtype=np.uint8), torch.tensor(IDS), torch.tensor(IDS).int()],
+    [
+        IDS,
+        tuple(IDS),
+        np.array(IDS),
+        np.array(IDS, dtype=np.uint8),
+        np.array(IDS, dtype=np.uint64),
+        np.array(IDS, dtype=">i4"),
+        np.array(IDS, dtype=object),
+        np.repeat(IDS, 2)[::2],
+        np.ma.array(IDS),
+        [np.int64(i) for i in IDS],
+        [torch.tensor(i) for i in IDS],
+        torch.tensor(IDS),
+        torch.tensor(IDS).int(),
+        torch.tensor(IDS, dtype=torch.uint16),
+        array.array("i", IDS),
+        collections.deque(IDS),
+        [Number(i) for i in IDS],
+    ],
+    ids=lambda ids: f"{type(ids).__name__} {getattr(ids, 'dtype', type(ids[0]).__name__)}",
 )
 def test_ids_of_every_kind(ids: Any) -> None:
     index = group_by_task(ids, None)
@@ -29,6 +62,78 @@ def test_names() -> None:
     assert index.examples(np.array([2, 1]), np.array([1, 0, 0])) == [2, 0, 1]
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        ["ü", "text", "ü"],
+        ("ü", "text", "ü"),
+        np.array(["ü", "text", "ü"]),
+        np.array(["ü", "text", "ü"], dtype=object),
+        [np.str_("ü"), np.str_("text"), "ü"],
+        [text.encode() for text in ("ü", "text", "ü")],
+        np.array([text.encode() for text in ("ü", "text", "ü")]),
+        [Name.CODE, Name.TEXT, Name.CODE],
+    ],
+)
+@pytest.mark.parametrize("tasks", [["text", "ü"], np.array(["text", "ü"]), Name, {"text": 1, "ü": 2}])
+def test_names_of_every_kind(entries: Any, tasks: Any) -> None:
+    index = group_by_task(entries, tasks)
+    assert index.tasks == ("text", "ü") and {type(task) for task in index.tasks} == {str}
+    assert index.sizes.tolist() == [1, 2]
+    assert index.examples(np.array([1, 2]), np.array([0, 0, 1])) == [1, 0, 2]
+
+
+def test_names_from_a_generator() -> None:
+    assert group_by_task([0, 1], (name for name in "ab")).tasks == ("a", "b")
+
+
+def test_names_are_compared_whole_and_in_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy cuts zero characters off, and makes texts of numbers."""
+    assert group_by_task(["a\0", "a"], ["a", "a\0"]).order.tolist() == [1, 0]
+    with pytest.raises(ValueError, match=r"unknown tasks \['a\\x00'\]"):
+        group_by_task(["a\0", "b"], ["a", "b"])
+    with pytest.raises(TypeError, match="holds names, but example 1 has 0"):
+        group_by_task(["a", 0], ["a", "0"])
+    monkeypatch.setattr("taskgrad.sampling.ids._CHUNK", 2)
+    assert group_by_task(list("abcab"), ["a", "b", "c"]).order.tolist() == [0, 3, 1, 4, 2]
+    with pytest.raises(ValueError, match=r"task_of_example names unknown tasks \['x'\], the first at example 4"):
+        group_by_task(np.array(list("abcax")), ["a", "b", "c"])
+
+
+def test_columns_of_tables() -> None:
+    pandas = pytest.importorskip("pandas")
+    for dtype in ("int32", "Int64", object):
+        index = group_by_task(pandas.Series(IDS, dtype=dtype, index=range(5, 11)), None)
+        assert index.sizes.tolist() == [3, 2, 1]
+    names = pandas.Series(["b", "a", "b"])
+    for dtype in (object, "category", "string"):
+        assert group_by_task(names.astype(dtype), ["b", "a"]).sizes.tolist() == [2, 1]
+    missing = pandas.Series([0, None, 1])
+    with pytest.raises(TypeError, match="got float64: convert whole numbers to integers, NaN is no task"):
+        group_by_task(missing, None)
+    with pytest.raises((TypeError, ValueError), match=r"1 masked entries|got float64: convert"):
+        group_by_task(missing.astype("Int64"), None)
+    with pytest.raises(TypeError, match=r"must hold integers or names, but example 0 has 0\.0"):
+        group_by_task(missing.astype(object), None)
+    with pytest.raises(TypeError, match=r"holds names, but example 1 has (nan|None|<NA>)"):
+        group_by_task(pandas.Series(["b", None, "a"]), ["b", "a", "None", "nan"])
+    with pytest.raises(ValueError, match=r"one task per example, got shape \(6, 1\)"):
+        group_by_task(pandas.DataFrame({"task": IDS}), None)
+
+
+def test_columns_of_data_sets() -> None:
+    pyarrow, datasets = pytest.importorskip("pyarrow"), pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"task": IDS, "name": list("baabab")})
+    assert group_by_task(table["task"], None, dataset=table).sizes.tolist() == [3, 2, 1]
+    assert group_by_task(table["name"], ["a", "b"], dataset=table).sizes.tolist() == [3, 3]
+    assert group_by_task(pyarrow.chunked_array([IDS[:2], IDS[2:]]), None).sizes.tolist() == [3, 2, 1]
+    assert group_by_task(pyarrow.array(["b", "a"]), ["a", "b"]).sizes.tolist() == [1, 1]
+    with pytest.raises(TypeError, match="holds names, but example 1 has None"):
+        group_by_task(pyarrow.array(["b", None]), ["None", "b"])
+    with pytest.raises(TypeError, match=r"must hold integers or names, but example 0 has \{"):
+        group_by_task(table, None)
+
+
 def test_sorted_data_need_no_order() -> None:
     index = group_by_task([0, 0, 1, 1, 1], None)
     assert index.order is None
@@ -40,7 +145,29 @@ def test_sorted_data_need_no_order() -> None:
     [
         ([[0, 1]], None, ValueError, r"one task per example, got shape \(1, 2\); ids per token are for the tracker"),
         ([], None, ValueError, r"got shape \(0,\)"),
-        ([0.0, 1.0], None, TypeError, "integers or names, got float64"),
+        ([0.0, 1.0], None, TypeError, "integers or names, got float64: convert whole numbers to integers"),
+        ([True, False], None, TypeError, "integers or names, got bool"),
+        ([1j], None, TypeError, "integers or names, got complex128"),
+        (np.array([0, True], dtype=object), None, TypeError, "integers or names, but example 1 has True"),
+        ([0, None, 1], None, TypeError, "integers or names, but example 1 has None"),
+        (["a", None], ["a", "None"], TypeError, "task_of_example holds names, but example 1 has None"),
+        ([0, "a"], ["0", "a"], TypeError, "task_of_example holds names, but example 0 has 0"),
+        (["a", ["b"]], ["a", "b"], TypeError, "task_of_example must hold one task per example"),
+        ([[0], [0, 1]], None, TypeError, "task_of_example must hold one task per example.*NumPy cannot take"),
+        (torch.zeros(2, dtype=torch.long, device="meta"), None, TypeError, "task_of_example .*meta tensor"),
+        (torch.tensor([0, 1]).to_sparse(), None, TypeError, "task_of_example .*NumPy cannot take"),
+        (np.ma.array([0, 1, 0], mask=[0, 0, 1]), None, ValueError, "a masked array with 1 masked entries"),
+        ((i for i in (0, 1)), None, TypeError, "task_of_example .* in a list, an array or a tensor, got <generator"),
+        ({0, 1}, None, TypeError, r"in a list, an array or a tensor, got \{0, 1\}"),
+        ("abab", ["a", "b"], TypeError, "in a list, an array or a tensor, got 'abab'"),
+        (None, None, TypeError, "in a list, an array or a tensor, got None"),
+        (3, None, TypeError, "in a list, an array or a tensor, got 3"),
+        (np.zeros((2, 0)), None, ValueError, r"got shape \(2, 0\)"),
+        (np.array([], dtype=str), ["a"], ValueError, r"got shape \(0,\)"),
+        ([0, 2**62], None, ValueError, "has the id 4611686018427387904, but a sampler takes up to"),
+        ([0, 2**70], None, ValueError, "has the id 1180591620717411303424 at example 1, but an id must fit in 64 bits"),
+        ([-(2**70), 0], None, ValueError, "has the id -1180591620717411303424 at example 0"),
+        (np.array([0, 2**63 + 5], dtype=np.uint64), None, ValueError, "has the id 9223372036854775813, but"),
         (
             [0, -1, -2],
             None,
@@ -54,7 +181,12 @@ def test_sorted_data_need_no_order() -> None:
         (["a", "x"], ["a", "b"], ValueError, r"unknown tasks \['x'\]"),
         ([0, 1], ["a", "a"], ValueError, "distinct names"),
         ([0, 1], "ab", TypeError, "sequence of names"),
-        ([0, 1], [0, 1], TypeError, "sequence of names"),
+        ([0, 1], [0, 1], TypeError, "tasks must be a sequence of names, got a list with 0"),
+        ([0, 1], ["a", None], TypeError, "sequence of names, got a list with None"),
+        ([0, 1], {"a", "b"}, TypeError, "sequence of names, got {'a', 'b'}"),
+        ([0, 1], b"ab", TypeError, "sequence of names, got b'ab'"),
+        ([0, 1], 2, TypeError, "sequence of names, got 2"),
+        ([0, 1], [], ValueError, "distinct names, at least one"),
     ],
 )
 def test_bad_input_raises(ids: Any, tasks: Any, error: type[Exception], message: str) -> None:
@@ -106,6 +238,16 @@ def test_a_billion_examples_in_a_thousand_ranges_are_grouped_at_once() -> None:
         ({"a": -1, "b": 1}, None, ValueError, "task 'a' has -1 examples"),
         ({"a": 1.5}, None, TypeError, r"number of examples, or each its range\(start, stop\); task 'a' has 1.5"),
         ({"a": True}, None, TypeError, "task 'a' has True"),
+        ({"a": np.True_}, None, TypeError, "task 'a' has np.True_|task 'a' has True"),
+        ({"a": None}, None, TypeError, "task 'a' has None"),
+        ({"a": "2"}, None, TypeError, "task 'a' has '2'"),
+        ({"a": torch.tensor(1.5)}, None, TypeError, r"task 'a' has tensor\(1.5000\)"),
+        ({"a": torch.tensor([1, 2])}, None, TypeError, r"task 'a' has tensor\(\[1, 2\]\)"),
+        ({"a": np.arange(3)}, None, TypeError, r"task 'a' has array\(\[0, 1, 2\]\)"),
+        ({"a": 2**70}, None, ValueError, "end at example 1180591620717411303424, a sampler takes up to 46116"),
+        ({"a": 2**62, "b": 2**62}, None, ValueError, "end at example 9223372036854775808"),
+        ({"a": range(0, 2**70)}, None, ValueError, "end at example 1180591620717411303424"),
+        ({"a": range(2**63, 2**63 + 9)}, None, ValueError, "end at example 9223372036854775817"),
         ({"a": range(0, 3), "b": 2}, None, TypeError, r"task 'a' has range\(0, 3\)"),
         ({"a": [0, 1]}, None, TypeError, r"task 'a' has \[0, 1\]"),
         ({0: 3}, None, TypeError, "sequence of names"),
@@ -149,3 +291,15 @@ def test_numbers_per_task() -> None:
         per_task("x", float("nan"), tasks, 0.0)
     with pytest.raises(ValueError, match=r"x names unknown tasks \['c'\]; the tasks are \['a', 'b'\]"):
         known("x", ["a", "c"], tasks)
+    for value in ("0.5", ["0.5", "1"], {"a": "1"}, 1j, [1, None, "x"]):
+        with pytest.raises(TypeError, match="x must hold numbers, got"):
+            per_task("x", value, tasks, 0.0)
+
+
+def test_counts() -> None:
+    assert [count_of("x", value, 1) for value in (3, np.int64(3), np.array(3), torch.tensor(3))] == [3] * 4
+    for value in (True, 3.0, "3", None, torch.tensor(3.7), np.array([1, 2]), np.array(3.0)):
+        with pytest.raises(TypeError, match="x must be an integer, got"):
+            count_of("x", value, 1)
+    with pytest.raises(ValueError, match="x must be at least 1, got 0"):
+        count_of("x", 0, 1)

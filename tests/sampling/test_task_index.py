@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import taskgrad
-from taskgrad.sampling import AdaptiveBatchSampler, grouping, index_file, native
+from taskgrad.sampling import AdaptiveBatchSampler, grouping, native
 from taskgrad.sampling.inputs import group_by_task
 from taskgrad.sampling.policies import Uniform
 from taskgrad.sampling.task_index import TaskIndex
@@ -76,8 +77,18 @@ def test_eight_bytes_above_four_billion_examples() -> None:
     assert grouping.order_dtype((1 << 32) + 1).itemsize == 8
     ids = np.array([1, 0, 1], dtype=np.uint8)
     out = np.empty(3, dtype=np.uint64)
-    grouping.sort_by_task(ids, np.array([1, 2]), out)
+    grouping.sort_by_task(ids, grouping.survey("ids", ids, 2), out)
     assert out.tolist() == [1, 0, 2]
+
+
+def test_a_file_of_eight_bytes_an_example(tmp_path: Path, built: TaskIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("taskgrad.sampling.index_file.order_dtype", lambda examples: np.dtype("<u8"))
+        index = TaskIndex.build(tmp_path / "x", IDS, tasks=NAMES)
+        assert index.order is not None and index.order.dtype == np.uint64
+        assert np.array_equal(index.order, built.order)
+    with pytest.raises(ValueError, match="its header contradicts itself"):
+        TaskIndex.open(tmp_path / "x")
 
 
 def test_ids_from_a_memory_map_a_tensor_or_a_list(tmp_path: Path, built: TaskIndex) -> None:
@@ -131,7 +142,7 @@ def test_names_of_a_task_index(tmp_path: Path, built: TaskIndex) -> None:
     assert named.tasks == NAMES and named.named
     for twin in (copy.deepcopy(named), pickle.loads(pickle.dumps(named))):
         assert twin.tasks == NAMES and np.array_equal(twin.order, named.order)
-    assert len(pickle.dumps(named)) < 600  # the path, not the order
+    assert len(pickle.dumps(named)) < 800  # the path, not the order
     with pytest.raises(ValueError, match="has 500 entries, the dataset has 7"):
         group_by_task(built, None, dataset=range(7))
 
@@ -171,23 +182,25 @@ def test_files_that_are_no_index_are_named_and_left_alone(tmp_path: Path) -> Non
 def test_a_file_cut_short_or_changed_raises(built: TaskIndex) -> None:
     assert built.path is not None
     path, content = built.path, built.path.read_bytes()
-    for length in (len(content) - 1, len(content) - 300, 4096):
-        path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=f"has {length} bytes instead of {len(content)}: delete it"):
+    for length in (len(content) - 1, len(content) - 300, 4096, len(content) + 1):
+        path.write_bytes((content + b"\0")[:length])
+        message = rf"a\.index is damaged \(it has {length} bytes instead of {len(content)}\): build it anew"
+        with pytest.raises(ValueError, match=message):
             TaskIndex.open(path)
-    path.write_bytes(content + b"\0")
-    with pytest.raises(ValueError, match="bytes instead of"):
-        TaskIndex.open(path)
-    for length in (80, 120, 140, 160):
+    for length in (12, 80, 120, 140, 160):
         path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=r"not an index file|header of the index file .* is damaged"):
+        with pytest.raises(ValueError, match=r"is damaged \((it ends after 12 bytes|its header)|it ends after 80"):
             TaskIndex.open(path)
-    for at in (12, 17, 30, 60, 100, 130, 150):
+    for at in (12, 17, 30, 60, 86, 100, 130, 150):
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-        with pytest.raises(ValueError, match="is damaged: delete it"):
+        with pytest.raises(ValueError, match=r"is damaged \(its header\): build it anew"):
             TaskIndex.open(path)
-    path.write_bytes(content[:8] + b"\2" + content[9:])
-    with pytest.raises(ValueError, match="of format 2, this version reads 1"):
+    for at in (4000, 4096, 5000, len(content) - 1):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(ValueError, match=r"is damaged \(its order\): build it anew"):
+            TaskIndex.open(path)
+    path.write_bytes(content[:8] + b"\1" + content[9:])
+    with pytest.raises(ValueError, match="of format 1, this version reads 2: build it anew"):
         TaskIndex.open(path)
 
 
@@ -221,9 +234,11 @@ def test_several_may_build_at_once(tmp_path: Path) -> None:
     [
         ([], None, ValueError, r"got shape \(0,\)"),
         (np.zeros((2, 2), dtype=int), None, ValueError, "one task per example"),
-        ([0.5], None, TypeError, "integers or names, got float64"),
+        ([0.5], None, TypeError, "task_ids must hold integers or names, got float64: convert whole numbers"),
+        (["a", "c"], ["a", "b"], ValueError, r"task_ids names unknown tasks \['c'\], the first at example 1"),
+        (["a", None], ["a", "b"], TypeError, "task_ids holds names, but example 1 has None"),
         ([True, False], None, TypeError, "got bool"),
-        ([0] * 99 + [-1], None, ValueError, "negative ids, the first at example 99"),
+        ([0] * 99 + [-1], None, ValueError, "task_ids has negative ids, the first at example 99"),
         (np.array([0, 2**63], dtype=np.uint64), None, ValueError, "has the id 9223372036854775808"),
         ([0, 2], ["a", "b", "c"], ValueError, r"no examples: \['b'\]"),
         ([0, 3], ["a", "b"], ValueError, "has the id 3, but there are only 2 tasks"),
@@ -240,4 +255,90 @@ def test_bad_ids_raise_and_make_no_file(
 def test_names_of_every_kind_survive_the_file(tmp_path: Path) -> None:
     names = ("a\nb", 'quote"', "überschrift")
     assert TaskIndex.build(tmp_path / "x", IDS, tasks=names).tasks == names
-    assert index_file.read(tmp_path / "x", whole=False).order is None
+
+
+def test_names_as_ids_make_the_same_file(tmp_path: Path, built: TaskIndex) -> None:
+    assert built.path is not None
+    other = TaskIndex.build(tmp_path / "b", [NAMES[t] for t in IDS], tasks=NAMES)
+    assert other.path is not None and other.path.read_bytes() == built.path.read_bytes()
+
+
+def test_damaged_files_and_those_of_other_versions_are_built_anew(built: TaskIndex) -> None:
+    assert built.path is not None
+    content = built.path.read_bytes()
+    for at in (8, 16, 200, 4000, 5000):
+        built.path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        TaskIndex.build(built.path, IDS, tasks=NAMES)
+        assert built.path.read_bytes() == content
+
+
+@pytest.mark.parametrize("moved", [1, 70, 400])
+def test_ids_that_change_between_the_two_readings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int) -> None:
+    """Swapped, so that the numbers stay the same; or of a task more often than was counted; or of no task."""
+    np.save(tmp_path / "ids.npy", IDS)
+    survey = grouping.survey
+
+    def change_after(*args: Any) -> Any:
+        found = survey(*args)
+        ids = np.load(tmp_path / "ids.npy", mmap_mode="r+")
+        other = int(np.flatnonzero(ids != ids[moved])[0])
+        if moved == 1:
+            ids[[moved, other]] = ids[[other, moved]]
+        else:
+            ids[moved] = ids[other] if moved == 70 else 3000
+        ids.flush()
+        return found
+
+    monkeypatch.setattr("taskgrad.sampling.task_index.survey", change_after)
+    with pytest.raises(ValueError, match="task ids changed between two readings"):
+        TaskIndex.build(tmp_path / "x", np.load(tmp_path / "ids.npy", mmap_mode="r"))
+    assert [p.name for p in tmp_path.iterdir()] == ["ids.npy"]
+    np.save(tmp_path / "ids.npy", IDS)
+    with pytest.raises(ValueError, match="task ids changed between two readings"):
+        group_by_task(np.load(tmp_path / "ids.npy", mmap_mode="r"), None)
+
+
+def test_copies_open_the_file_again_and_notice_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    index = TaskIndex.build("x", IDS, tasks=NAMES)
+    assert index.path == tmp_path / "x"
+    data = pickle.dumps(index)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    twin = pickle.loads(data)
+    assert (twin.tasks, twin.digest, twin.path) == (NAMES, index.digest, index.path)
+    assert isinstance(twin.order.base, np.memmap) and np.array_equal(twin.order, index.order)
+    content = index.path.read_bytes()
+    TaskIndex.build(index.path, IDS[::-1].copy(), tasks=NAMES)  # of the same sizes
+    for call in (lambda: pickle.loads(data), lambda: copy.deepcopy(index)):
+        with pytest.raises(ValueError, match="x was replaced by one of other task ids or names"):
+            call()
+    TaskIndex.build(index.path, IDS, tasks=NAMES[::-1])
+    with pytest.raises(ValueError, match="x was replaced by one of other task ids or names"):
+        pickle.loads(data)
+    index.path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="damaged"):
+        pickle.loads(data)
+    index.path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"opens its index file again, which is not there: '.*x'"):
+        pickle.loads(data)
+    in_memory = pickle.loads(pickle.dumps(group_by_task(IDS, NAMES)))
+    assert np.array_equal(in_memory.order, index.order) and in_memory.digest == index.digest
+
+
+def test_links_are_followed_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "x").symlink_to(tmp_path / "disk" / "y")
+    TaskIndex.build(tmp_path / "x", IDS)
+    assert (tmp_path / "x").is_symlink() and len(TaskIndex.open(tmp_path / "disk" / "y")) == len(IDS)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_what_is_no_file_is_neither_waited_for_nor_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for call in (TaskIndex.open, lambda path: TaskIndex.build(path, IDS)):
+        for path in (tmp_path / "pipe", Path("/dev/zero")):
+            with pytest.raises(ValueError, match=f"{path} is not an index file of taskgrad"):
+                call(path)
+        with pytest.raises(IsADirectoryError):
+            call(tmp_path)

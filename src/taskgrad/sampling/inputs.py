@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from .arrays import FloatArray, to_numpy
-from .task_index import TaskIndex, check_ids, check_names, from_ids, from_ranges
+from .ids import check_ids, check_names
+from .task_index import TaskIndex, from_ids, from_ranges
 
 
 def group_by_task(task_of_example: Any, tasks: Sequence[str] | None, dataset: Any = None) -> TaskIndex:
@@ -26,7 +27,7 @@ def group_by_task(task_of_example: Any, tasks: Sequence[str] | None, dataset: An
     elif isinstance(task_of_example, Mapping):
         index = from_ranges(task_of_example, names)
     else:
-        index = from_ids(_ids(task_of_example, names), names)
+        index = from_ids(check_ids("task_of_example", task_of_example, names), names)
     if dataset is not None:
         _check_length(index, len(dataset), task_of_example)
     return index
@@ -52,7 +53,10 @@ def per_task(name: str, value: Any, tasks: Sequence[str], default: float) -> Flo
 
 def _floats(name: str, value: Any) -> FloatArray:
     try:
-        return np.asarray(to_numpy(value), dtype=np.float64)
+        array = to_numpy(value)
+        if array.dtype.kind not in "biufO":  # texts and complex numbers would be converted
+            raise TypeError
+        return np.asarray(array, dtype=np.float64)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must hold numbers, got {value!r}") from None
 
@@ -68,9 +72,12 @@ def known(name: str, given: Any, tasks: Sequence[str]) -> list[str]:
 
 def count_of(name: str, value: Any, least: int) -> int:
     """``value`` as an int of at least ``least``; raises TypeError or ValueError."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    number = int(value)
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # a tensor of a float has an __index__ too, which raises
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
     return number
@@ -92,16 +99,3 @@ def _check_length(index: TaskIndex, length: int, task_of_example: Any) -> None:
             raise ValueError(f"the tasks of task_of_example end at example {last}, the dataset has {length} examples")
     elif len(index) != length:
         raise ValueError(f"task_of_example has {len(index)} entries, the dataset has {length} examples")
-
-
-def _ids(task_of_example: Any, names: tuple[str, ...] | None) -> npt.NDArray[Any]:
-    array = to_numpy(task_of_example)
-    is_text = array.dtype.kind in "US" or (array.dtype.kind == "O" and array.size and isinstance(array.flat[0], str))
-    if array.ndim != 1 or not is_text:
-        return check_ids(array)
-    if names is None:
-        raise ValueError("task_of_example holds names: pass tasks=[...] too, in the order the tracker has them")
-    unique, inverse = np.unique(array.astype(str), return_inverse=True)
-    known("task_of_example", unique, names)
-    number = {name: t for t, name in enumerate(names)}
-    return np.array([number[str(name)] for name in unique], dtype=np.int64)[inverse]

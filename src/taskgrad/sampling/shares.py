@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import FloatArray, frozen_floats
-from .task_index import check_names
+from .ids import check_names
 
 
 @dataclass(frozen=True, eq=False)
