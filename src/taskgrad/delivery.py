@@ -52,12 +52,18 @@ class Delivery:
             (ids or weights that are none); the last may be missing. ``flags`` says why a step is not valid,
             ``given`` whether its losses were entered. ``block`` [T, K] stays where it is.
         maps: of the parameters, in the order of the block's columns.
+        built: is told of the report.
     """
 
     def __init__(
-        self, tasks: tuple[str, ...], step: int, values: Mapping[str, Tensor], maps: tuple[SketchMap, ...]
+        self,
+        tasks: tuple[str, ...],
+        step: int,
+        values: Mapping[str, Tensor],
+        maps: tuple[SketchMap, ...],
+        built: Callable[[StepReport], None],
     ) -> None:
-        self.tasks, self.step = tasks, step
+        self.tasks, self.step, self._built = tasks, step, built
         device = values["valid"].device
         values = dict(values)
         block = values.pop("block")
@@ -85,6 +91,11 @@ class Delivery:
         """The report; waits for it. Raises ValueError where ids or weights on the GPU were wrong: they are seen only
         now."""
         self.wait()
+        report = self._build()
+        self._built(report)
+        return report
+
+    def _build(self) -> StepReport:
         values = dict(self.values)
         wrong = values.pop("wrong", None)
         if wrong is not None and bool(wrong):

@@ -17,7 +17,6 @@ class Silence:
         self._said: set[str] = set()
         self._steps = 0
         self._reports = 0
-        self._last: StepReport | None = None
 
     def batch(self) -> None:
         """A step with a tracked batch."""
@@ -52,13 +51,14 @@ class Silence:
         )
 
     def hear(self, report: StepReport) -> None:
-        """A report that is handed out."""
-        if report is self._last:
-            return
-        self._last = report
+        """A report, each once."""
         self._reports = 0 if report.valid else self._reports + 1
         if self._reports == WITHOUT_NUMBERS:
             self._say("no numbers", f"the last {WITHOUT_NUMBERS} reports have no numbers. The newest: {report.reason}")
+
+    def numbers(self) -> None:
+        """A step whose report is valid."""
+        self._reports = 0
 
     def _say(self, kind: str, text: str) -> bool:
         if kind in self._said:

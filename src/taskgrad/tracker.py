@@ -239,10 +239,7 @@ class TaskGradTracker:
         """
         self._steps.abandon_if_vanished()
         report = self._steps.mail.newest(wait)
-        if report is None:
-            return self._steps.nothing("no step has closed yet")
-        self._steps.silence.hear(report)
-        return report
+        return self._steps.nothing("no step has closed yet") if report is None else report
 
     def task_gradients(self) -> dict[str, Tensor]:
         """Exact mode: every attributed parameter's gradient by task, [T + 1, *shape], of the last closed step; the last

@@ -1,0 +1,511 @@
+"""A sampler that follows a tracker: what counts as a batch, which reports decide, and when."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import taskgrad as tg
+from taskgrad.sampling import AdaptiveBatchSampler
+from taskgrad.sampling.policies import DoGE, Policy, PolicyState, Uniform
+from taskgrad.tracker import TaskGradTracker
+from tests.sampling.helpers import NAMES, TASK_OF_EXAMPLE
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Seen(Policy):
+    """Keeps what it was given; moves with every report."""
+
+    def __init__(self) -> None:
+        self.reports: list[Any] = []
+        self.states: list[PolicyState] = []
+
+    def weights(self, report: Any, state: PolicyState) -> Any:
+        self.reports.append(report)
+        self.states.append(state)
+        return np.random.default_rng(len(self.reports)).dirichlet(np.ones(4))
+
+
+class Restless(Policy):
+    """Other weights after every report, from all reports so far."""
+
+    def weights(self, report: Any, state: PolicyState) -> Any:
+        text = f"{state.memory.get('past', '')}/{report.norm.tolist()}/{state.step}/{state.weights.tolist()}"
+        state.memory["past"] = hashlib.sha256(text.encode()).hexdigest()
+        return np.random.default_rng(int(state.memory["past"][:12], 16)).dirichlet(np.ones(4))
+
+
+class Loop:
+    """A model, its tracker, and a sampler that follows it."""
+
+    def __init__(self, policy: Any = None, follow: bool = True, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.tracker = tg.track(self.model, NAMES, self.optimizer, verify=False)
+        options = {"batch_size": 16, "num_batches": 20, "update_every": 1, "delay": 0, **options}
+        self.policy = Seen() if policy is None else policy
+        self.sampler = AdaptiveBatchSampler(TASK_OF_EXAMPLE, policy=self.policy, **options)
+        if follow:
+            self.sampler.follow(self.tracker)
+        self.x = torch.randn(len(TASK_OF_EXAMPLE), 3)
+
+    def batches(self) -> Iterator[Batch]:
+        for rows in self.sampler:
+            yield self.x[rows], torch.from_numpy(TASK_OF_EXAMPLE[rows])
+
+    def loss(self, x: Tensor) -> Tensor:
+        return (self.model(x).squeeze(1) - x.sum(1)).square().mean()
+
+    def step(self, batch: Batch, **options: Any) -> None:
+        with self.tracker.batch(batch[1], **options):
+            self.loss(batch[0]).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def test_every_batch_counts_and_every_report_decides() -> None:
+    loop = Loop()
+    for k, batch in enumerate(loop.batches()):
+        loop.step(batch)
+        assert loop.sampler.consumed == k + 1
+    assert [state.step for state in loop.policy.states] == list(range(20))
+    assert [report.step for report in loop.policy.reports] == list(range(1, 21))
+    assert [entry.cause for entry in loop.sampler.ledger][1:3] == ["report on batch 0", "report on batch 1"]
+    assert loop.sampler.tasks == NAMES
+    assert {state.lr for state in loop.policy.states} == {0.1}
+
+
+def test_the_same_stream_as_by_hand() -> None:
+    followed, by_hand = Loop(delay=3, update_every=2), Loop(delay=3, update_every=2, follow=False)
+    rows: list[list[float]] = [[], []]
+    for mine, loop in zip(rows, (followed, by_hand), strict=True):
+        for batch in loop.batches():
+            mine.append(float(batch[0].sum()))
+            loop.step(batch)
+            if loop is by_hand:
+                loop.sampler.update(loop.tracker.report(), lr=0.1)
+    assert rows[0] == rows[1]
+    assert followed.sampler.ledger.digest() == by_hand.sampler.ledger.digest()
+    assert len(followed.sampler.ledger) > 5
+
+
+def test_accumulation_counts_batches_and_reports_belong_to_the_last_one() -> None:
+    loop = Loop()
+    for k, (x, ids) in enumerate(loop.batches()):
+        with loop.tracker.batch(ids):
+            (loop.loss(x) / 4).backward()
+        if k % 4 == 3:
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+    assert loop.sampler.consumed == 20
+    assert [state.step for state in loop.policy.states] == [3, 7, 11, 15, 19]
+
+
+def test_an_exception_inside_counts_the_batch() -> None:
+    loop = Loop()
+    for k, batch in enumerate(loop.batches()):
+        if k % 3 == 0:
+            with pytest.raises(ZeroDivisionError), loop.tracker.batch(batch[1]):
+                loop.loss(batch[0])
+                _ = 1 // 0
+        else:
+            loop.step(batch)
+        assert loop.sampler.consumed == k + 1
+    assert [state.step for state in loop.policy.states] == [k for k in range(20) if k % 3]
+
+
+@torch.no_grad()
+def evaluated_around(loop: Loop, batch: Batch) -> None:
+    with loop.tracker.batch(batch[1]):
+        loop.model(batch[0])
+
+
+def evaluated_inside(loop: Loop, batch: Batch) -> None:
+    with loop.tracker.batch(batch[1]), torch.no_grad():
+        loop.model(batch[0])
+        loop.model(batch[0])
+
+
+def evaluated_in_inference_mode(loop: Loop, batch: Batch) -> None:
+    with torch.inference_mode(), loop.tracker.batch(batch[1]) as entered:
+        entered.losses((loop.model(batch[0]).squeeze(1)).square())
+
+
+def trained_in_evaluation_mode(loop: Loop, batch: Batch) -> None:
+    loop.model.eval()
+    with loop.tracker.batch(batch[1]):
+        loop.loss(batch[0]).backward()
+
+
+def without_a_forward(loop: Loop, batch: Batch) -> None:
+    with loop.tracker.batch(batch[1]):
+        pass
+
+
+def with_a_forward_of_each_kind(loop: Loop, batch: Batch) -> None:
+    with loop.tracker.batch(batch[1]):
+        with torch.no_grad():
+            loop.model(batch[0])
+        loop.loss(batch[0]).backward()
+
+
+def a_further_one(loop: Loop, batch: Batch) -> None:
+    with loop.tracker.batch(batch[1], advance=False):
+        loop.loss(batch[0]).backward()
+
+
+def compiled_evaluation(loop: Loop, batch: Batch) -> None:
+    compiled = torch.compile(loop.model, backend="aot_eager", fullgraph=True)
+    with loop.tracker.batch(batch[1]), torch.no_grad():
+        compiled(batch[0])
+
+
+def compiled_training(loop: Loop, batch: Batch) -> None:
+    compiled = torch.compile(loop.model, backend="aot_eager", fullgraph=True)
+    with loop.tracker.batch(batch[1]):
+        compiled(batch[0]).square().mean().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch compiles so
+@pytest.mark.parametrize(
+    "inside, counts",
+    [
+        (evaluated_around, 0),
+        (evaluated_inside, 0),
+        (evaluated_in_inference_mode, 0),
+        (trained_in_evaluation_mode, 1),
+        (without_a_forward, 1),
+        (with_a_forward_of_each_kind, 1),
+        (a_further_one, 0),
+        (compiled_evaluation, 0),
+        (compiled_training, 1),
+    ],
+)
+def test_what_counts(inside: Callable[[Loop, Batch], None], counts: int) -> None:
+    loop = Loop()
+    batches = loop.batches()
+    batch = next(batches)
+    for _ in range(2):
+        inside(loop, batch)
+        next(batches)
+    assert loop.sampler.consumed == 2 * counts
+
+
+def test_several_batches_on_one_batch_of_the_loader() -> None:
+    """Two optimizers in turn, as in a GAN: both reports belong to the batch of the loader."""
+    loop = Loop(delay=1)
+    for batch in loop.batches():
+        loop.step(batch)
+        loop.step(batch, advance=False)
+    assert loop.sampler.consumed == 20
+    assert [state.step for state in loop.policy.states] == [k for k in range(20) for _ in range(2)]
+
+
+def test_two_passes_of_one_step() -> None:
+    """As in SAM: the second gradient is taken elsewhere, at the same batch."""
+    loop = Loop()
+    for x, ids in loop.batches():
+        with loop.tracker.batch(ids):
+            loop.loss(x).backward()
+        loop.optimizer.zero_grad()
+        with loop.tracker.batch(ids, advance=False):
+            loop.loss(x).backward()
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+    assert loop.sampler.consumed == 20
+    assert [state.step for state in loop.policy.states] == list(range(20))
+
+
+def test_more_batches_than_were_drawn_are_not_counted_and_told_once() -> None:
+    loop = Loop()
+    with pytest.warns(UserWarning, match=r"left more often than batches were drawn.*advance=False") as said:
+        for batch in loop.batches():
+            loop.step(batch)
+            loop.step(batch)
+    assert loop.sampler.consumed == 20 and len(said) == 1
+
+
+def test_loader_batches_without_one_are_counted_by_advance() -> None:
+    loop = Loop()
+    for k, batch in enumerate(loop.batches()):
+        if k % 2:
+            loop.sampler.advance()
+        else:
+            loop.step(batch)
+    assert loop.sampler.consumed == 20
+    with pytest.raises(ValueError, match=r"advance\(1\) goes beyond what was drawn: 20 batches are counted, and 20"):
+        loop.sampler.advance()
+    for wrong in (-1, 1.5, True):
+        with pytest.raises((TypeError, ValueError), match="batches must be"):
+            loop.sampler.advance(wrong)  # type: ignore[arg-type]
+
+
+def test_an_epoch_that_was_not_counted_whole_is_told() -> None:
+    loop = Loop(delay=20)
+    with pytest.warns(UserWarning, match="tasks of 3 of the last"):
+        for k, batch in enumerate(loop.batches()):
+            if k % 2:
+                loop.step(batch)
+    with pytest.warns(UserWarning, match=r"run through, but only 10 of its 20 batches were counted.*advance"):
+        next(iter(loop.sampler))
+
+
+def test_steps_that_do_not_come_and_invalid_reports_decide_nothing() -> None:
+    loop = Loop()
+    for k, (x, ids) in enumerate(loop.batches()):
+        with loop.tracker.batch(ids):
+            (loop.loss(x) * (float("nan") if k % 5 == 4 else 1.0)).backward()
+        if k % 5 == 4:
+            for p in loop.model.parameters():
+                p.grad = None if k == 4 else p.grad  # one is skipped, the others step on NaN
+        if k != 4:
+            loop.optimizer.step()
+        loop.optimizer.zero_grad()
+        if k == 9:
+            break
+    assert loop.sampler.consumed == 10
+    assert [state.step for state in loop.policy.states] == [k for k in range(9) if k != 4]
+
+
+def test_a_late_change_moves_and_is_told_once() -> None:
+    loop = Loop(delay=1, update_every=3)
+    ahead = iter(DataLoader(range(len(TASK_OF_EXAMPLE)), batch_sampler=loop.sampler, num_workers=2))  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match=r"due at batch 3, but 5 batches were drawn.*delay=4 or more") as said:
+        for rows in ahead:
+            loop.step((loop.x[rows], torch.from_numpy(TASK_OF_EXAMPLE[rows])))
+    assert len(said) == 1 and loop.sampler.consumed == 20
+    causes = [(entry.effective_at, entry.cause) for entry in loop.sampler.ledger][1:]
+    assert causes[0] == (6, "report on batch 1, late: due at 3")
+    assert all(at % 3 == 0 for at, _ in causes)
+
+
+def test_the_defaults_take_six_workers_without_a_word() -> None:
+    loop = Loop(delay=None, update_every=10, num_batches=160)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "This DataLoader will create 6 worker processes")
+        warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")
+        loader = DataLoader(range(len(TASK_OF_EXAMPLE)), batch_sampler=loop.sampler, num_workers=6)  # type: ignore[arg-type]
+        for rows in loader:
+            loop.step((loop.x[rows], torch.from_numpy(TASK_OF_EXAMPLE[rows])))
+    assert loop.sampler.consumed == 160
+    assert loop.sampler.ledger[1].cause == "report on batch 5" and loop.sampler.ledger[1].effective_at == 70
+
+
+def test_a_short_horizon_shortens_the_delay() -> None:
+    for horizon, delay in ((None, 64), (10_000, 64), (640, 40), (100, 8), (10, 8)):
+        loop = Loop(delay=None, horizon=horizon)
+        assert loop.sampler._settings.delay == delay
+
+
+def test_what_is_handed_over_late_by_the_device_changes_nothing() -> None:
+    """Copies that arrive whenever they do: the ledger is the same, and a draw waits for those it needs only."""
+    straight = Loop(policy=Restless(), delay=4, update_every=2)
+    for batch in straight.batches():
+        straight.step(batch)
+    for seed in range(5):
+        loop = Loop(policy=Restless(), delay=4, update_every=2)
+        arrives = np.random.default_rng(seed)
+        following = loop.sampler._following
+        waited: list[int] = []
+
+        class Slow:
+            """A delivery that is there when chance or somebody's waiting wants it."""
+
+            def __init__(self, delivery: Any) -> None:
+                self._delivery = delivery
+
+            @property
+            def arrived(self) -> bool:
+                return bool(arrives.random() < 0.1)
+
+            @property
+            def report(self) -> Any:
+                waited.append(self._delivery.step)
+                return self._delivery.report
+
+        closed = following.closed
+        following.closed = lambda delivery, lr, closed=closed: closed(Slow(delivery), lr)  # type: ignore[method-assign, misc]
+        for k, batch in enumerate(loop.batches()):
+            assert len(waited) >= k - 4  # batches up to k - 1 - delay have decided about batch k
+            loop.step(batch)
+            if k == 11:
+                loop.sampler.observe({"text": 1.0})
+        assert loop.sampler.state_dict()["memory"] == straight.sampler.state_dict()["memory"]  # waits for all
+        assert loop.sampler.ledger.digest() == straight.sampler.ledger.digest()
+        assert waited == list(range(1, 21))
+
+
+def test_evaluation_losses_count_from_the_next_report_on() -> None:
+    loop = Loop()
+    for k, batch in enumerate(loop.batches()):
+        if k == 7:
+            loop.sampler.observe({"legal": 2.0})
+        loop.step(batch)
+    assert [state.eval_losses is not None for state in loop.policy.states] == [k >= 7 for k in range(20)]
+
+
+def test_the_learning_rate_is_the_one_of_the_step() -> None:
+    loop = Loop()
+    schedule = torch.optim.lr_scheduler.ExponentialLR(loop.optimizer, 0.5)
+    for batch in loop.batches():
+        loop.step(batch)
+        schedule.step()
+    assert [state.lr for state in loop.policy.states] == [0.1 * 0.5**k for k in range(20)]
+    moving = Loop(policy=DoGE())
+    for group in moving.optimizer.param_groups:
+        group["lr"] = torch.tensor(0.1)
+    for batch in moving.batches():
+        moving.step(batch)
+    assert len(moving.sampler.ledger) > 1
+
+
+def test_a_policy_that_reads_nothing_is_asked_nothing() -> None:
+    loop = Loop(policy=Uniform())
+    for batch in loop.batches():
+        loop.step(batch)
+    assert loop.sampler.consumed == 20 and len(loop.sampler.ledger) == 1
+
+
+def test_looking_before_training_costs_nothing() -> None:
+    loop, straight = Loop(delay=4), Loop(delay=4)
+    first = next(loop.batches())
+    next(loop.batches())
+    rows = []
+    for mine in (loop, straight):
+        rows.append([float(batch[0].sum()) for batch in mine.batches() if mine.step(batch) is None])
+    assert rows[0] == rows[1] and float(first[0].sum()) == rows[0][0]
+    late = Loop(follow=False, delay=4)
+    peek = [next(late.batches())[0].sum().item(), next(late.batches())[0].sum().item()]
+    late.sampler.follow(late.tracker)
+    assert late.sampler.consumed == 0 and peek[0] == rows[0][0]
+    assert [float(batch[0].sum()) for batch in late.batches() if late.step(batch) is None] == rows[0]
+
+
+def test_an_epoch_run_through_before_following_counts() -> None:
+    loop = Loop(follow=False)
+    for batch in loop.batches():
+        loop.step(batch)
+    loop.sampler.follow(loop.tracker)
+    assert loop.sampler.consumed == 20
+
+
+def test_update_is_refused_while_following() -> None:
+    loop = Loop()
+    loop.step(next(loop.batches()))
+    with pytest.raises(RuntimeError, match=r"follows a tracker.*leave update\(\) out"):
+        loop.sampler.update(loop.tracker.report())
+    assert loop.sampler.consumed == 1
+
+
+def test_following_twice_another_tracker_and_none() -> None:
+    loop, other = Loop(), Loop(follow=False)
+    loop.sampler.follow(loop.tracker)
+    for batch in loop.batches():
+        loop.step(batch)
+        if loop.sampler.consumed == 5:
+            break
+    loop.sampler.follow(other.tracker)
+    for x, ids in loop.batches():
+        other.step((x, ids))
+        loop.step((x, ids))  # no longer heard
+    assert loop.sampler.consumed == 25 and len(loop.policy.reports) == 25
+    for wrong in (None, loop.model, "tracker"):
+        with pytest.raises(TypeError, match="tracker must be what taskgrad.track returned"):
+            loop.sampler.follow(wrong)
+    tracker = tg.track(nn.Linear(2, 2), ["a", "b"])
+    with pytest.raises(ValueError, match=r"the tracker is on the tasks \['a', 'b'\].*same tasks in the same order"):
+        loop.sampler.follow(tracker)
+
+
+def test_a_tracker_tells_one_sampler() -> None:
+    loop = Loop()
+    second = AdaptiveBatchSampler(TASK_OF_EXAMPLE, 16, Seen(), num_batches=20, delay=0)
+    second.follow(loop.tracker)
+    for rows in second:
+        loop.step((loop.x[rows], torch.from_numpy(TASK_OF_EXAMPLE[rows])))
+    assert second.consumed == 20 and loop.sampler.consumed == 0
+    next(iter(loop.sampler))
+    loop.sampler.update(None)  # nobody counts for it any more
+    assert loop.sampler.consumed == 1
+
+
+def test_a_removed_tracker_tells_nothing_and_can_be_replaced() -> None:
+    loop = Loop()
+    loop.step(next(loop.batches()))
+    loop.tracker.remove()
+    loop.tracker.remove()
+    with pytest.raises(RuntimeError, match="was removed"):
+        loop.sampler.follow(loop.tracker)
+    loop.tracker = tg.track(loop.model, NAMES, loop.optimizer, verify=False)
+    loop.sampler.follow(loop.tracker)
+    loop.step(next(loop.batches()))
+    assert loop.sampler.consumed == 2 and [state.step for state in loop.policy.states] == [0, 1]
+
+
+def test_batches_that_are_not_those_counted_are_told() -> None:
+    loop = Loop(policy=Restless(), delay=4)
+    batches = loop.batches()
+    next(batches)
+    with pytest.warns(UserWarning, match=r"tasks of 3 of the last \d+ batches trained on are not those.*advance"):
+        for batch in batches:
+            loop.step(batch)
+    quiet = Loop(policy=Restless())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x, ids in quiet.batches():
+            order = torch.randperm(16)
+            quiet.step((x[order], ids[order]))
+        for x, ids in quiet.batches():  # batches of one's own
+            quiet.step((torch.cat([x, x]), torch.cat([ids, ids])))
+        for x, ids in quiet.batches():  # rows of no task
+            quiet.step((x, torch.where(torch.arange(16) < 3, -1, ids)))
+
+
+def test_ids_per_token_count_too() -> None:
+    loop = Loop()
+    for x, ids in loop.batches():
+        with loop.tracker.batch(ids[:, None].expand(-1, 5).contiguous()):
+            loop.model(x[:, None].expand(-1, 5, -1)).square().mean().backward()
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+    assert loop.sampler.consumed == 20 and len(loop.policy.reports) == 20
+
+
+def test_resumed_together() -> None:
+    straight, policy = Loop(policy=Restless(), delay=2), Restless()
+    rows = [float(batch[0].sum()) for _ in range(2) for batch in straight.batches() if straight.step(batch) is None]
+    first = Loop(policy=policy, delay=2)
+    found = []
+    for batch in first.batches():
+        found.append(float(batch[0].sum()))
+        first.step(batch)
+        if len(found) == 13:
+            break
+    second = Loop(policy=Restless(), delay=2)
+    second.tracker.load_state_dict(first.tracker.state_dict())
+    second.sampler.load_state_dict(first.sampler.state_dict())
+    second.model.load_state_dict(first.model.state_dict())
+    assert second.sampler.consumed == 13
+    for _ in range(2):
+        found += [float(batch[0].sum()) for batch in second.batches() if second.step(batch) is None]
+    assert found == rows
+    assert second.sampler.ledger.digest() == straight.sampler.ledger.digest()
+
+
+def test_what_a_tracker_is_told_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a listener nothing is called; the model's own hooks stay as they were."""
+    loop = Loop(follow=False)
+    monkeypatch.setattr(TaskGradTracker, "_closed", None)
+    loop.step(next(loop.batches()))
+    assert loop.tracker.report().valid
