@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -308,6 +309,26 @@ def test_a_short_horizon_shortens_the_delay() -> None:
         assert loop.sampler._settings.delay == delay
 
 
+class Slow:
+    """A delivery that is there when chance, or somebody who waits, wants it."""
+
+    def __init__(self, delivery: Any, chance: np.random.Generator, waited: list[int]) -> None:
+        self._delivery, self._chance, self._waited = delivery, chance, waited
+
+    @property
+    def arrived(self) -> bool:
+        return bool(self._chance.random() < 0.1)
+
+    @property
+    def report(self) -> Any:
+        self._waited.append(self._delivery.step)
+        return self._delivery.report
+
+
+def _slowly(closed: Any, chance: np.random.Generator, waited: list[int], delivery: Any, lr: Any) -> None:
+    closed(Slow(delivery, chance, waited), lr)
+
+
 def test_what_is_handed_over_late_by_the_device_changes_nothing() -> None:
     """Copies that arrive whenever they do: the ledger is the same, and a draw waits for those it needs only."""
     straight = Loop(policy=Restless(), delay=4, update_every=2)
@@ -315,27 +336,10 @@ def test_what_is_handed_over_late_by_the_device_changes_nothing() -> None:
         straight.step(batch)
     for seed in range(5):
         loop = Loop(policy=Restless(), delay=4, update_every=2)
-        arrives = np.random.default_rng(seed)
-        following = loop.sampler._following
+        chance = np.random.default_rng(seed)
         waited: list[int] = []
-
-        class Slow:
-            """A delivery that is there when chance or somebody's waiting wants it."""
-
-            def __init__(self, delivery: Any) -> None:
-                self._delivery = delivery
-
-            @property
-            def arrived(self) -> bool:
-                return bool(arrives.random() < 0.1)
-
-            @property
-            def report(self) -> Any:
-                waited.append(self._delivery.step)
-                return self._delivery.report
-
-        closed = following.closed
-        following.closed = lambda delivery, lr, closed=closed: closed(Slow(delivery), lr)  # type: ignore[method-assign, misc]
+        closed = loop.sampler._following.closed
+        loop.sampler._following.closed = partial(_slowly, closed, chance, waited)  # type: ignore[method-assign]
         for k, batch in enumerate(loop.batches()):
             assert len(waited) >= k - 4  # batches up to k - 1 - delay have decided about batch k
             loop.step(batch)
@@ -381,9 +385,7 @@ def test_looking_before_training_costs_nothing() -> None:
     loop, straight = Loop(delay=4), Loop(delay=4)
     first = next(loop.batches())
     next(loop.batches())
-    rows = []
-    for mine in (loop, straight):
-        rows.append([float(batch[0].sum()) for batch in mine.batches() if mine.step(batch) is None])
+    rows = [[float(b[0].sum()) for b in mine.batches() if mine.step(b) is None] for mine in (loop, straight)]
     assert rows[0] == rows[1] and float(first[0].sum()) == rows[0][0]
     late = Loop(follow=False, delay=4)
     peek = [next(late.batches())[0].sum().item(), next(late.batches())[0].sum().item()]
@@ -421,7 +423,7 @@ def test_following_twice_another_tracker_and_none() -> None:
         loop.step((x, ids))  # no longer heard
     assert loop.sampler.consumed == 25 and len(loop.policy.reports) == 25
     for wrong in (None, loop.model, "tracker"):
-        with pytest.raises(TypeError, match="tracker must be what taskgrad.track returned"):
+        with pytest.raises(TypeError, match=r"tracker must be what taskgrad\.track returned"):
             loop.sampler.follow(wrong)
     tracker = tg.track(nn.Linear(2, 2), ["a", "b"])
     with pytest.raises(ValueError, match=r"the tracker is on the tasks \['a', 'b'\].*same tasks in the same order"):

@@ -135,7 +135,8 @@ class Control:
         """Ask the policy about the report on ``batch``, given when ``drawn`` batches were out of reach already."""
         if not report.valid:
             return
-        due = effective = self._due(batch)
+        due = self._due(batch)
+        effective = max([due, *(decision.effective_at for decision in self._waiting)])  # after what moved before
         if effective < drawn and self.agreement is None:
             effective = self._slot(drawn)
             stream.late(batch, due, effective)
@@ -163,8 +164,7 @@ class Control:
         self._last_step = step
 
     def _due(self, batch: int) -> int:
-        least = max(batch + 1 + self.settings.delay, self.ledger[-1].effective_at + 1)
-        return self._slot(max(least, self._waiting[-1].effective_at) if self._waiting else least)
+        return self._slot(max(batch + 1 + self.settings.delay, self.ledger[-1].effective_at + 1))
 
     def _slot(self, batch: int) -> int:
         """The first batch from ``batch`` on at which weights may change."""
