@@ -1,6 +1,9 @@
-"""One ledger on all ranks: rank 0's entries are taken, and ranks whose ledgers differ stop."""
+"""One ledger on all ranks: rank 0's entries are taken, and ranks that differ stop."""
 
 from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,12 +13,23 @@ from .arrays import IntArray
 from .quota import ONE
 
 _TOLERANCE = ONE >> 20  # what rounding on another machine may make of the same report
+_HEAD = 6  # numbers before the weights: digest (4), whether there is a decision, calls until the next agreement
 
+_LEDGER, _DECISION, _WEIGHTS = 1, 2, 3
 _DIFFERS = {
-    1: "another ledger: other arguments, data or loaded states",
-    2: "a decision where rank 0 has none, or none where it has one: other reports, or update() called otherwise",
-    3: "other weights from the same policy: other reports",
+    _LEDGER: "other arguments, other data or another loaded state",
+    _DECISION: "a decision where rank 0 has none, or none where it has one: other reports, or another update()",
+    _WEIGHTS: "other weights from the same policy: other reports",
 }
+
+
+class Agreed(NamedTuple):
+    """``weights`` int64 [T] of rank 0, or ``None``; the most batches ``drawn`` by any rank; ``after`` how many calls
+    the ranks agree again."""
+
+    weights: IntArray | None
+    drawn: int
+    after: int
 
 
 def world(group: dist.ProcessGroup | None = None) -> int:
@@ -24,42 +38,56 @@ def world(group: dist.ProcessGroup | None = None) -> int:
 
 
 class Agreement:
-    """The ranks that draw the parts of one stream. Every method is a collective call."""
+    """The ranks that draw the parts of one stream; ``rank``: whose part this one draws."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
-        on_host = "cpu" in str(dist.get_backend_config(group))
+    def __init__(self, group: dist.ProcessGroup | None, rank: int) -> None:
+        self._group, self._rank = group, rank
+        on_host = "cpu" in dist.get_backend_config(group)
         self._device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
 
-    def agree(self, digest: str, weights: IntArray | None, drawn: int, tasks: int) -> tuple[IntArray | None, int]:
-        """Rank 0's ``weights`` int64 [T] (``None``: nothing to enter), and the most batches drawn by any rank.
+    def agree(self, own: str, tasks: int, weights: IntArray | None, consumed: int, drawn: int, after: int) -> Agreed:
+        """A collective call. ``own``: what must be the same on all ranks, of any length; ``weights`` int64 [T]: the
+        decision to be entered now, if there is one; ``after``: rank 0's counts.
 
-        ``digest``: of this rank's ledger. Raises RuntimeError, on every rank, where one has another ledger or decision.
+        Raises RuntimeError, on every rank, where one has other data, another decision or count, or another's part.
         """
-        own = np.zeros(5 + tasks, dtype=np.int64)
-        own[:4] = np.frombuffer(bytes.fromhex(digest), dtype="<i8")
+        mine = np.zeros(_HEAD + tasks, dtype=np.int64)
+        mine[:4] = np.frombuffer(hashlib.sha256(own.encode()).digest(), dtype="<i8")
+        mine[5] = after
         if weights is not None:
-            own[4], own[5:] = 1, weights
-        packet = torch.from_numpy(own.copy()).to(self._device)
+            mine[4], mine[_HEAD:] = 1, weights
+        packet = torch.from_numpy(mine.copy()).to(self._device)
         dist.broadcast(packet, group=self._group, group_src=0)
         first = packet.cpu().numpy()
-        differs = 0
-        if not np.array_equal(own[:4], first[:4]):
-            differs = 1
-        elif own[4] != first[4]:
-            differs = 2
-        elif np.abs(own[5:] - first[5:]).max() > _TOLERANCE:
-            differs = 3
-        mine = torch.tensor([drawn, differs], dtype=torch.int64, device=self._device)
+        said = torch.tensor([_differs(mine, first), consumed, drawn, self._rank], device=self._device)
         ranks = dist.get_world_size(self._group)
-        found = torch.empty(2 * ranks, dtype=torch.int64, device=self._device)
-        dist.all_gather_into_tensor(found, mine, group=self._group)
-        pairs = found.view(ranks, 2).tolist()
-        wrong = {rank: _DIFFERS[kind] for rank, (_, kind) in enumerate(pairs) if kind}
-        if wrong:
-            raise RuntimeError(
-                f"the samplers of the ranks differ from rank 0's ({wrong}): build them alike, load the same state on "
-                "every rank, and give track() the process_group of these ranks"
-            )
-        agreed = None if not first[4] else np.array(first[5:])
-        return agreed, max(pair[0] for pair in pairs)
+        found = torch.empty(ranks * len(said), dtype=said.dtype, device=self._device)
+        dist.all_gather_into_tensor(found, said, group=self._group)
+        rows = found.view(ranks, -1).tolist()
+        _refuse([row[0] for row in rows], [row[1] for row in rows], [row[3] for row in rows])
+        agreed = np.array(first[_HEAD:]) if first[4] else None
+        return Agreed(agreed, max(row[2] for row in rows), int(first[5]))
+
+
+def _differs(mine: IntArray, first: IntArray) -> int:
+    if not np.array_equal(mine[:4], first[:4]):
+        return _LEDGER
+    if mine[4] != first[4]:
+        return _DECISION
+    return _WEIGHTS if np.abs(mine[_HEAD:] - first[_HEAD:]).max() > _TOLERANCE else 0
+
+
+def _refuse(differs: list[int], consumed: list[int], parts: list[int]) -> None:
+    if sorted(parts) != list(range(len(parts))):
+        raise RuntimeError(f"the ranks draw the parts {parts} of the global batch: give each sampler a rank of its own")
+    if len(set(consumed)) > 1:
+        raise RuntimeError(
+            f"the ranks have counted {consumed} batches: every rank must count every batch of its loader; for one "
+            "without a tracker.batch() (an empty part, say) call sampler.advance() there"
+        )
+    wrong = {rank: _DIFFERS[kind] for rank, kind in enumerate(differs) if kind}
+    if wrong:
+        raise RuntimeError(
+            f"the samplers of some ranks differ from rank 0's ({wrong}): build them alike, load the same state on "
+            "every rank, and give track() the process_group of these ranks"
+        )

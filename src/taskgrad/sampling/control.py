@@ -196,41 +196,46 @@ class Control:
 
     # -- several ranks ------------------------------------------------------------------------------------------------
 
-    def settle(self, stream: Stream, hand_over: Callable[[int], None]) -> None:
-        """Between ranks a decision is agreed on once so many batches are consumed that no report can change it, and a
-        few more, so that nobody waits for a device: at the same count on every rank, whatever its loader has drawn."""
-        if self.agreement is None:
-            return
-        delay = self.settings.delay
-        while stream.consumed >= self._next_slot - delay + min(delay // 8, 8):
-            hand_over(self._next_slot - 1 - delay)
-            self._agree(self._next_slot, stream)
-            self._next_slot += self.settings.update_every
-
     def agree_with(self, agreement: Agreement, consumed: int) -> None:
         """From now on decisions are entered as the ranks agree."""
-        if self.agreement is None:
-            first = self._slot(max(consumed, self.ledger.start + 1) + self.settings.delay)
-            self._next_slot = min([first, *(decision.effective_at for decision in self._waiting)])
         self.agreement = agreement
+        self._calls, self._until, self._agreed_at = 0, 1, consumed
 
-    def _agree(self, slot: int, stream: Stream) -> None:
-        assert self.agreement is not None
+    def settle(self, stream: Stream, hand_over: Callable[[int], None]) -> None:
+        """A step has closed (or ``update`` was called), which all ranks do together.
+
+        A decision is agreed on once so many batches are consumed that no report can change it, and a few more, so that
+        nobody waits for a device. Whatever else the ranks' loaders draw or look at, they agree at the same calls.
+        """
+        if self.agreement is None:
+            return
+        self._calls += 1
+        if self._calls < self._until:
+            return
+        every, delay = self.settings.update_every, self.settings.delay
+        reach = delay - min(delay // 8, 8)
+        slot = (stream.consumed + reach) // every * every
+        hand_over(slot - 1 - delay)
         decision = self._waiting[0] if self._waiting and self._waiting[0].effective_at <= slot else None
         units, bound = (None, ()) if decision is None else self._guarded(decision.shares)
-        units, drawn = self.agreement.agree(self.ledger.digest(), units, stream.drawn, len(self.tasks))
-        if decision is None or units is None:
+        more = len(self._waiting) > 1 and self._waiting[1].effective_at <= slot
+        batches = max(1, (stream.consumed - self._agreed_at) // self._calls)  # a call
+        after = 1 if more else max(1, -(-(slot + every - reach - stream.consumed) // batches))
+        own = f"{json.dumps(self.settings.to_dict())} {self.policy_name} {self.ledger.digest()}"
+        agreed = self.agreement.agree(own, len(self.tasks), units, stream.consumed, stream.drawn, after)
+        self._calls, self._until, self._agreed_at = 0, agreed.after, stream.consumed
+        if decision is None or agreed.weights is None:
             return
         del self._waiting[0]
         due = decision.effective_at
-        if drawn > due:
-            effective = self._slot(drawn)
-            stream.late(slot - 1 - self.settings.delay, due, effective)
-            if not self._waiting or self._waiting[0].effective_at > effective:
-                moved = replace(decision, effective_at=effective, cause=f"{decision.cause}, late: due at {due}")
-                self._waiting.insert(0, moved)
+        if agreed.drawn <= due:
+            self._enter(due, agreed.weights, decision.cause, bound)
             return
-        self._enter(due, units, decision.cause, bound)
+        effective = self._slot(agreed.drawn)
+        stream.late(slot - 1 - delay, due, effective)
+        if not self._waiting or self._waiting[0].effective_at > effective:
+            moved = replace(decision, effective_at=effective, cause=f"{decision.cause}, late: due at {due}")
+            self._waiting.insert(0, moved)
 
     def realised(self, stop: int) -> Realised:
         """Drawn against intended mix in this era's batches before ``stop``."""

@@ -58,7 +58,6 @@ class Following:
             if drawn.sum() == examples.sum():  # else the loop makes batches of its own
                 stream.compare(np.array_equal(drawn, examples))
         stream.count(stream.consumed)
-        self._control.settle(stream, self.hand_over)
 
     def closed(self, delivery: Delivery, lr: Callable[[], float | None]) -> None:
         """A step has closed."""
@@ -66,6 +65,7 @@ class Following:
         if self._control.adaptive and stream.fresh and stream.consumed > self._control.ledger.start:
             self._queue.append(_Closed(delivery, stream.consumed - 1, stream.drawn, lr))
             self.hand_over()
+        self._control.settle(stream, self.hand_over)
 
     def observe(self, losses: dict[str, float]) -> None:
         """Evaluation losses, for the reports that come after them."""
@@ -73,11 +73,13 @@ class Following:
         self.hand_over()
 
     def hand_over(self, batch: int = -1) -> None:
-        """Hand over what has arrived, and wait for the reports on batches up to ``batch``."""
+        """Hand over what has arrived, and wait for the reports on batches up to ``batch``. Where ranks have to agree,
+        only those, since what has arrived is not the same on all."""
+        alone = self._control.agreement is None
         while self._queue:
             head = self._queue[0]
             if isinstance(head, _Closed):
-                if not head.delivery.arrived and head.batch > batch:
+                if head.batch > batch and not (alone and head.delivery.arrived):
                     return
                 self._queue.popleft()
                 self._control.decide(head.delivery.report, head.batch, head.lr(), self._stream, head.drawn)

@@ -386,7 +386,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         """Have the ranks agree on one ledger from now on, where there are any to agree with."""
         replicas = self._settings.num_replicas
         if self._control.agreement is None and replicas > 1 and world(group) == replicas:
-            self._control.agree_with(Agreement(group), self.consumed)
+            self._control.agree_with(Agreement(group, self._rank), self.consumed)
 
     def _adopt(self, names: tuple[str, ...], whose: str) -> None:
         if names == self.tasks:
