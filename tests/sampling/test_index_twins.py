@@ -27,12 +27,13 @@ def both(*arguments: Any) -> tuple[Any, Any]:
     return Engine(*arguments), module.Engine(*arguments)
 
 
-def answer(engine: Any, method: str, k: int) -> list[Any]:
+def answer(engine: Any, method: str, *arguments: Any) -> list[Any]:
+    """What a call gives, as lists, or what it raises."""
     try:
-        out = getattr(engine, method)(k)
+        out = getattr(engine, method)(*arguments)
     except RuntimeError as error:
         return [str(error)]
-    return [part.tolist() for part in out] if isinstance(out, tuple) else np.asarray(out).tolist()
+    return [np.asarray(part).tolist() for part in out] if isinstance(out, tuple) else np.asarray(out).tolist()
 
 
 def mix(rng: np.random.Generator, sizes: np.ndarray) -> np.ndarray:
