@@ -15,6 +15,7 @@
 namespace taskgrad {
 
 constexpr std::int64_t kAlgorithm = 1;
+constexpr std::int64_t kInterface = 2;
 constexpr std::int64_t kMaxBatchSize = std::int64_t{1} << 20;
 constexpr std::int64_t kMaxBatches = std::int64_t{1} << 40;
 constexpr std::int64_t kMaxExamples = std::int64_t{1} << 48;

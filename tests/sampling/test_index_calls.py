@@ -80,8 +80,8 @@ def sequence(seed):
             lengths = [tasks] * 4 + [tasks * replicas if replicas > 1 else rng.choice((0, 0, 0, 1))]
             arguments += [array(rng, length, numbers) for length in lengths]
         elif call == "examples":
-            starts = array(rng, tasks, (0, 0, 0, 5, 2**50))
-            order = rng.choice((None, np.arange(700, dtype=rng.choice((np.uint32, np.uint64)))))
+            order = rng.choice((None, np.arange(rng.choice((3, 700)), dtype=rng.choice((np.uint32, np.uint64)))))
+            starts = array(rng, tasks, (0, 9) if order is None else (0, 0, 0, 5, -3, 2**50))
             arguments += [starts, order, rng.choice((0, 0, 0, 1, replicas - 1, replicas, -1))]
         answers = [outcome(getattr(engine, call), *arguments) for engine in engines]
         if same:
