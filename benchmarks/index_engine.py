@@ -1,8 +1,8 @@
 """The sampler's index engine: how many indices a second, how long to seek, build and open, C++ against NumPy.
 
 Sizes are drawn unevenly and sum to 10**9 examples; everything runs on one core. ``draw`` is the engine alone,
-``one of 8 replicas`` the list that one of eight ranks gets of each batch, ``batch sampler`` what a DataLoader gets: lists
-of data set indices, from ranges or through an index file.
+``one of 8 replicas`` the list that one of eight ranks gets of each batch, ``batch sampler`` what a DataLoader gets:
+lists of data set indices, from ranges or through an index file.
 
     python -m benchmarks.index_engine [--rounds 7] [--file-examples 1000000000] [--folder DIR]
 """
