@@ -1,7 +1,8 @@
 """The sampler's index engine: how many indices a second, how long to seek, build and open, C++ against NumPy.
 
 Sizes are drawn unevenly and sum to 10**9 examples; everything runs on one core. ``draw`` is the engine alone,
-``batch sampler`` what a DataLoader gets: lists of data set indices, from ranges or through an index file.
+``one of 8 replicas`` the list that one of eight ranks gets of each batch, ``batch sampler`` what a DataLoader gets:
+lists of data set indices, from ranges or through an index file.
 
     python -m benchmarks.index_engine [--rounds 7] [--file-examples 1000000000] [--folder DIR]
 """
@@ -45,9 +46,9 @@ def engines() -> dict[str, Any]:
     return {"numpy": index_numpy.Engine} if module is None else {"cpp": module.Engine, "numpy": index_numpy.Engine}
 
 
-def make(engine: Any, tasks: int, batch_size: int, probe_every: int = 0) -> Any:
+def make(engine: Any, tasks: int, batch_size: int, probe_every: int = 0, replicas: int = 1) -> Any:
     sizes = sizes_of(tasks)
-    out = engine(0, sizes, batch_size, 0, 0, probe_every, None)
+    out = engine(0, sizes, batch_size, 0, 0, probe_every, None, replicas)
     out.commit(0, to_units(sizes / sizes.sum()))
     return out
 
@@ -59,6 +60,18 @@ def draws(engine: Any, count: int) -> Callable[[], None]:
     def call() -> None:
         for _ in range(count):
             engine.draw(next(position))
+
+    return call
+
+
+def shares(engine: Any, tasks: int, count: int) -> Callable[[], None]:
+    """Takes one replica's rows of the next ``count`` batches each time it is called."""
+    starts = np.cumsum(sizes_of(tasks)) - sizes_of(tasks)
+    position = iter(range(sys.maxsize))
+
+    def call() -> None:
+        for _ in range(count):
+            engine.examples(next(position), starts, None, 3)
 
     return call
 
@@ -119,6 +132,10 @@ def drawing(rounds: int) -> Iterator[dict[str, Any]]:
             probing = {name: draws(make(e, tasks, batch_size, 20), count) for name, e in engines().items()}
             yield from rows_of(
                 "draw, probe_every=20", probing, rounds, count, T=tasks, batch=batch_size, examples=EXAMPLES
+            )
+            dealt = {name: shares(make(e, tasks, batch_size, 0, 8), tasks, count) for name, e in engines().items()}
+            yield from rows_of(
+                "one of 8 replicas", dealt, rounds, count, T=tasks, batch=batch_size, examples=EXAMPLES, rate=False
             )
             ranges = {str(t): int(n) for t, n in enumerate(sizes_of(tasks))}
             sampler = {name_in_force(): lists(ranges, batch_size, count)}

@@ -133,8 +133,9 @@ def test_an_index_engine_demanded_and_missing_is_an_error():
     assert "RuntimeError: TASKGRAD_NATIVE=1, but the C++ index engine is not available" in done.stderr
 
 
-def test_an_index_engine_of_other_sources_is_not_used():
-    stale = "from taskgrad.sampling import index_numpy; index_numpy.ALGORITHM = -1"
+@pytest.mark.parametrize("version", ["ALGORITHM", "INTERFACE"])
+def test_an_index_engine_of_other_sources_is_not_used(version):
+    stale = f"from taskgrad.sampling import index_numpy; index_numpy.{version} = -1"
     done = python(DRAW.format(first=stale), {}, check=True)
     assert done.stdout.startswith("NumPy because ")
 

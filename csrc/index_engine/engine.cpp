@@ -1,6 +1,7 @@
 #include "engine.hpp"
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -14,6 +15,7 @@ namespace {
 constexpr std::int64_t kSnapshotEvery = 1024;
 constexpr std::int64_t kSnapshotBytes = std::int64_t{256} << 20;
 constexpr std::size_t kCursors = 4;
+constexpr std::size_t kLanes = 8;  // rows permuted at a time
 constexpr std::int64_t kUnbounded = 2 * kMaxBatchSize;  // no credit ever reaches so many examples
 
 std::int64_t checked_batch_size(std::int64_t batch_size) {
@@ -66,7 +68,7 @@ Engine::Engine(std::uint64_t seed, Ints sizes, std::int64_t batch_size, std::int
       tie_key_(derive_key(kAlgorithm, seed, era, 2)),
       stride_(kSnapshotEvery),
       passes_(sizes_.size()),
-      shares_(sizes_.size()),
+      present_(sizes_.size()),
       walks_(static_cast<std::size_t>(batch_size) + 1),
       allocator_(static_cast<std::int64_t>(sizes_.size()), batch_size),
       costs_(static_cast<std::size_t>(replicas_)),
@@ -103,8 +105,7 @@ void Engine::commit(std::int64_t effective_at, const Ints& weights) {
 
 std::int64_t Engine::draw(std::int64_t k, std::int64_t* counts, std::int64_t* positions) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  take(pass(k).drawn, 0, 1);
-  write_positions(1, reinterpret_cast<std::uint64_t*>(positions));
+  write_rows(pass(k).drawn, 0, 1, nullptr, reinterpret_cast<std::uint64_t*>(positions));
   std::copy(allocator_.counts().begin(), allocator_.counts().end(), counts);
   return offset_;
 }
@@ -120,12 +121,7 @@ void Engine::rows(std::int64_t k, const std::uint64_t* starts, std::int64_t rank
   const std::lock_guard<std::mutex> lock(mutex_);
   if (rank < 0 || rank >= replicas_) throw std::invalid_argument("rank must be below the number of replicas");
   const State& after = pass(k);
-  take(after.drawn, (rank + offset_) % replicas_, replicas_);
-  write_positions(replicas_, rows);
-  for (std::size_t i = 0; i < sharing_; ++i) {
-    const std::uint64_t start = starts[shares_[i].task];
-    for (std::int64_t j = 0; j < shares_[i].rows; ++j) *rows++ += start;
-  }
+  write_rows(after.drawn, (rank + offset_) % replicas_, replicas_, starts, rows);
 }
 
 State Engine::state(std::int64_t k) {
@@ -303,51 +299,59 @@ const Accrual& Engine::accrual(std::int64_t k, const Ints& drawn) {
   return *out;
 }
 
-// Puts every `every`-th row of the batch in allocator_, from row `first` on, into shares_. `drawn`: after the batch.
-void Engine::take(const Ints& drawn, std::int64_t first, std::int64_t every) {
+// Every `every`-th row of the batch in allocator_, from row `first` on. `drawn`: after the batch; `starts`: null, or what
+// is added to the positions of each task.
+void Engine::write_rows(const Ints& drawn, std::int64_t first, std::int64_t every, const std::uint64_t* starts,
+                        std::uint64_t* out) {
   const Ints& counts = allocator_.counts();
-  sharing_ = 0;  // listed without a branch: no predictor could guess which tasks are in a batch
-  std::int64_t stop = 0;
-  for (std::size_t t = 0; t < counts.size(); ++t) {
-    stop += counts[t];
-    const std::int64_t rows = every == 1 ? counts[t] : (stop - first + every - 1) / every;
-    shares_[sharing_] = Share{t, drawn[t] - (stop - first), rows};
-    sharing_ += rows > 0;
-    first += rows * every;
-  }
-}
-
-void Engine::write_positions(std::int64_t every, std::uint64_t* out) {
   walking_ = 0;
-  for (std::size_t i = 0; i < sharing_; ++i) {
-    auto [t, index, rows] = shares_[i];
-    const std::int64_t end = index + rows * every;
-    while (index < end) {
-      const Pass& pass = enter_pass(t, index);
-      const std::int64_t stop = std::min(end, pass.begin + sizes_[t]);
+  std::size_t found = 0;  // listed first without a branch: no predictor could guess which tasks are in a batch
+  for (std::size_t t = 0; t < counts.size(); ++t) {
+    present_[found] = t;
+    found += counts[t] > 0;
+  }
+  std::int64_t stop = 0;  // of the rows of the task
+  for (std::size_t i = 0; i < found; ++i) {
+    const std::size_t t = present_[i];
+    const std::uint64_t start = starts ? starts[t] : 0;
+    stop += counts[t];
+    while (first < stop) {
+      const Pass& pass = enter_pass(t, drawn[t] - stop + first);
+      const std::int64_t ahead = drawn[t] - stop - pass.begin;  // a row's position in the pass, less its row
+      const std::int64_t end = std::min(stop, sizes_[t] - ahead);
       if (sizes_[t] > kSortedUpTo) {
-        // Who has to walk on is put off: a branch taken at random here would stall the evaluations that follow.
-        for (; index < stop; index += every, ++out) {
-          *out = pass.feistel.once(static_cast<std::uint64_t>(index - pass.begin));
-          walks_[walking_] = Walk{&pass.feistel, out};
-          walking_ += pass.feistel.outside(*out);
+        for (; first < end; first += every, ++out) {
+          *out = start + static_cast<std::uint64_t>(first + ahead);
+          walks_[walking_++] = Walk{&pass.feistel, start, out};
         }
       } else {
-        for (; index < stop; index += every) *out++ = pass.order[static_cast<std::size_t>(index - pass.begin)];
+        for (; first < end; first += every) *out++ = start + pass.order[static_cast<std::size_t>(first + ahead)];
       }
     }
   }
   walk();
 }
 
+// All rows take a step, then those that have to take another: a branch at random for each would stall the others.
 void Engine::walk() {
   while (walking_) {
     std::size_t left = 0;
-    for (std::size_t i = 0; i < walking_; ++i) {
-      const Walk current = walks_[i];
-      *current.out = current.feistel->once(*current.out);
-      walks_[left] = current;
-      left += current.feistel->outside(*current.out);
+    for (std::size_t from = 0; from < walking_; from += kLanes) {
+      const std::size_t here = std::min(kLanes, walking_ - from);
+      std::array<const Feistel*, kLanes> networks;
+      std::array<std::uint64_t, kLanes> values;
+      for (std::size_t i = 0; i < kLanes; ++i) {
+        const Walk& walk = walks_[from + std::min(i, here - 1)];
+        networks[i] = walk.feistel;
+        values[i] = *walk.out - walk.start;
+      }
+      Feistel::once(networks, values);
+      for (std::size_t i = 0; i < here; ++i) {
+        const Walk current = walks_[from + i];
+        *current.out = current.start + values[i];
+        walks_[left] = current;
+        left += current.feistel->outside(values[i]);
+      }
     }
     walking_ = left;
   }

@@ -15,6 +15,7 @@
 namespace taskgrad {
 
 constexpr std::int64_t kAlgorithm = 1;
+constexpr std::int64_t kInterface = 2;
 constexpr std::int64_t kMaxBatchSize = std::int64_t{1} << 20;
 constexpr std::int64_t kMaxBatches = std::int64_t{1} << 40;
 constexpr std::int64_t kMaxExamples = std::int64_t{1} << 48;
@@ -63,17 +64,11 @@ class Engine {
     std::vector<std::uint8_t> order;
   };
 
-  // Rows of one task that are asked for: every n-th draw from `index` on, counted over all draws of the task.
-  struct Share {
-    std::size_t task;
-    std::int64_t index;
-    std::int64_t rows;
-  };
-
-  // A position that its network has put outside of the domain so far.
+  // A row whose position its network has put outside of the domain so far, or not looked at yet.
   struct Walk {
     const Feistel* feistel;
-    std::uint64_t* out;
+    std::uint64_t start;  // of the task
+    std::uint64_t* out;   // holds start + position
   };
 
   std::size_t deviations() const { return replicas_ > 1 ? sizes_.size() * static_cast<std::size_t>(replicas_) : 0; }
@@ -82,8 +77,8 @@ class Engine {
   void keep_snapshot(const Cursor& cursor);
   const Accrual& accrual(std::int64_t k, const Ints& drawn);
   const State& pass(std::int64_t k);
-  void take(const Ints& drawn, std::int64_t first, std::int64_t every);
-  void write_positions(std::int64_t every, std::uint64_t* out);
+  void write_rows(const Ints& drawn, std::int64_t first, std::int64_t every, const std::uint64_t* starts,
+                  std::uint64_t* out);
   const Pass& enter_pass(std::size_t task, std::int64_t index);
   void walk();
 
@@ -103,8 +98,7 @@ class Engine {
   std::map<std::int64_t, State> snapshots_;
   std::list<Cursor> cursors_;  // the last one used comes first
   std::vector<Pass> passes_;
-  std::vector<Share> shares_;
-  std::size_t sharing_ = 0;
+  std::vector<std::size_t> present_;
   std::vector<Walk> walks_;
   std::size_t walking_ = 0;
 

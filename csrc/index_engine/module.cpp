@@ -143,6 +143,7 @@ void scatter(const py::array_t<std::uint32_t, py::array::c_style>& ids, std::int
 PYBIND11_MODULE(_index_engine, module) {
   module.doc() = "C++ index engine of taskgrad.sampling";
   module.attr("ALGORITHM") = taskgrad::kAlgorithm;
+  module.attr("INTERFACE") = taskgrad::kInterface;
 
   py::class_<Engine>(module, "Engine")
       .def(py::init([](std::uint64_t seed, const IntArray& sizes, std::int64_t batch_size, std::int64_t first_batch,

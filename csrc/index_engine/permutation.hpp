@@ -18,25 +18,44 @@ class Feistel {
   Feistel() = default;
   Feistel(std::int64_t size, std::uint64_t key);
 
-  // The value at `position` if it is inside, else where to walk on from; inline, so that several overlap.
-  std::uint64_t once(std::uint64_t value) const {
-    auto low = static_cast<std::uint32_t>(value) & low_mask_;
-    auto high = static_cast<std::uint32_t>(value >> low_bits_);
-    for (std::size_t i = 0; i < rounds_.size(); i += 2) {
-      high ^= hash32(low ^ rounds_[i]) & high_mask_;
-      low ^= hash32(high ^ rounds_[i + 1]) & low_mask_;
+  // Puts in place of each position the value there if it is inside, else where to walk on from; each by its own network.
+  // Several at once, since one alone is a chain of steps that wait for each other.
+  template <std::size_t lanes>
+  static void once(const std::array<const Feistel*, lanes>& networks, std::array<std::uint64_t, lanes>& values) {
+    std::array<std::uint32_t, lanes> low, high;
+    for (std::size_t i = 0; i < lanes; ++i) {
+      low[i] = static_cast<std::uint32_t>(values[i]) & networks[i]->low_mask_;
+      high[i] = static_cast<std::uint32_t>(values[i] >> networks[i]->low_bits_);
     }
-    return std::uint64_t{high} << low_bits_ | low;
+    for (std::size_t round = 0; round < kRounds; round += 2) {
+      for (std::size_t i = 0; i < lanes; ++i) {
+        high[i] ^= hash32(low[i] ^ networks[i]->rounds_[round]) & networks[i]->high_mask_;
+      }
+      for (std::size_t i = 0; i < lanes; ++i) {
+        low[i] ^= hash32(high[i] ^ networks[i]->rounds_[round + 1]) & networks[i]->low_mask_;
+      }
+    }
+    for (std::size_t i = 0; i < lanes; ++i) {
+      values[i] = std::uint64_t{high[i]} << networks[i]->low_bits_ | low[i];
+    }
+  }
+
+  std::uint64_t once(std::uint64_t value) const {
+    std::array<std::uint64_t, 1> values{value};
+    once<1>({this}, values);
+    return values[0];
   }
 
   bool outside(std::uint64_t value) const { return value >= size_; }
 
  private:
+  static constexpr std::size_t kRounds = 8;
+
   std::uint64_t size_ = 0;
   std::uint32_t low_bits_ = 0;
   std::uint32_t low_mask_ = 0;
   std::uint32_t high_mask_ = 0;
-  std::array<std::uint32_t, 8> rounds_{};
+  std::array<std::uint32_t, kRounds> rounds_{};
 };
 
 // Writes the whole permutation of range(size), size <= kSortedUpTo.

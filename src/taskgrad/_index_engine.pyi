@@ -4,6 +4,7 @@ from typing import Any
 import numpy.typing as npt
 
 ALGORITHM: int
+INTERFACE: int
 
 class Engine:
     """Same methods as ``taskgrad.sampling.index_numpy.Engine``."""

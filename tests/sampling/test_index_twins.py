@@ -27,12 +27,13 @@ def both(*arguments: Any) -> tuple[Any, Any]:
     return Engine(*arguments), module.Engine(*arguments)
 
 
-def answer(engine: Any, method: str, k: int) -> list[Any]:
+def answer(engine: Any, method: str, *arguments: Any) -> list[Any]:
+    """What a call gives, as lists, or what it raises."""
     try:
-        out = getattr(engine, method)(k)
+        out = getattr(engine, method)(*arguments)
     except RuntimeError as error:
         return [str(error)]
-    return [part.tolist() for part in out] if isinstance(out, tuple) else np.asarray(out).tolist()
+    return [np.asarray(part).tolist() for part in out] if isinstance(out, tuple) else np.asarray(out).tolist()
 
 
 def mix(rng: np.random.Generator, sizes: np.ndarray) -> np.ndarray:
@@ -54,21 +55,25 @@ def mix(rng: np.random.Generator, sizes: np.ndarray) -> np.ndarray:
 @settings(max_examples=250, deadline=None)
 @given(
     sizes=some_sizes,
-    batch_size=st.one_of(st.integers(1, 70), st.integers(1, 3000)),
+    rows=st.one_of(st.integers(1, 70), st.integers(1, 1000)),
+    replicas=st.just(1) | st.integers(2, 20),
     seed=st.integers(0, 2**64 - 1),
     first=st.integers(0, 1000),
     spare=st.none() | st.integers(0, 12),
     passes=st.none() | st.integers(1, 5),
     moves=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 2**32)), max_size=8),
     order=st.lists(
-        st.tuples(st.sampled_from(["draw", "totals", "probes", "state", "draw"]), st.integers(0, 120)),
+        st.tuples(
+            st.sampled_from(["draw", "totals", "probes", "state", "counts", "examples", "draw"]), st.integers(0, 120)
+        ),
         min_size=1,
         max_size=25,
     ),
 )
 def test_any_stream_at_any_batch(
     sizes: list[int],
-    batch_size: int,
+    rows: int,
+    replicas: int,
     seed: int,
     first: int,
     spare: int | None,
@@ -76,18 +81,20 @@ def test_any_stream_at_any_batch(
     moves: list[tuple[int, int]],
     order: list[tuple[str, int]],
 ) -> None:
-    array = np.array(sizes)
+    array, batch_size = np.array(sizes), rows * replicas
     probe_every = 0 if spare is None else -(-len(sizes) // batch_size) + spare
     max_draws = None if passes is None else array * passes
-    numpy, native_engine = engines = both(seed, array, batch_size, first, 0, probe_every, max_draws)
+    numpy, native_engine = engines = both(seed, array, batch_size, first, 0, probe_every, max_draws, replicas)
     at = first
     for gap, mix_seed in [(0, seed), *moves]:
         at += gap
         units = mix(np.random.default_rng(mix_seed), array)
         for engine in engines:
             engine.commit(at, units)
+    starts = np.cumsum(array) - array
     for method, k in order:
-        assert answer(numpy, method, first + k) == answer(native_engine, method, first + k)
+        arguments = (first + k, *((starts, None, k % replicas) if method == "examples" else ()))
+        assert answer(numpy, method, *arguments) == answer(native_engine, method, *arguments)
 
 
 def test_many_tasks_with_probes_and_caps_over_many_batches() -> None:
@@ -131,8 +138,20 @@ def test_the_extension_refuses_what_would_corrupt_memory() -> None:
     for k in (2, 3):
         with pytest.raises(IndexError):
             engine.draw(k)
-    with pytest.raises(ValueError, match="one value per task"):
-        engine.restore(3, sizes[:1], sizes, sizes, sizes)
+    none, order = np.empty(0, dtype=np.int64), np.arange(11, dtype=np.uint32)
+    for state in ((sizes[:1], sizes, sizes, sizes, none), (sizes, sizes, sizes, sizes, sizes)):
+        with pytest.raises(ValueError, match=r"one value per task|another number of replicas"):
+            engine.restore(3, *state)
+    engine.commit(3, halves)
+    for starts, rank in ((sizes[:1], 0), (sizes, 1), (sizes, -1)):
+        with pytest.raises(ValueError, match=r"one per task|below the number of replicas"):
+            engine.examples(3, starts, order, rank)
+    for starts in (np.array([0, 8]), np.array([0, -9]), np.array([-(2**63), 2**62])):
+        with pytest.raises(IndexError, match="beyond the order"):
+            engine.examples(3, starts, order, 0)
+    for other in (order[::2], order.astype(np.int64), order.astype(np.float32), order.tolist()):
+        with pytest.raises(TypeError):
+            engine.examples(3, np.array([0, 5]), other, 0)
     out = np.zeros(3, dtype=np.uint32)
     for ids in ([0, 1, 2], [0, 0, 0, 0]):
         with pytest.raises(ValueError, match="the task ids changed"):

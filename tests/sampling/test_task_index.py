@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 import taskgrad
 from taskgrad.sampling import AdaptiveBatchSampler, grouping, native
+from taskgrad.sampling.index import IndexEngine
 from taskgrad.sampling.inputs import group_by_task
 from taskgrad.sampling.policies import Uniform
+from taskgrad.sampling.quota import to_units
 from taskgrad.sampling.task_index import TaskIndex
 
 NAMES = ("text", "code", "legal")
@@ -120,6 +122,18 @@ def test_the_sampler_draws_the_same_from_file_and_from_ids(built: TaskIndex) -> 
     again = AdaptiveBatchSampler(IDS, tasks=NAMES, **options)
     again.load_state_dict(json.loads(json.dumps(from_file.state_dict())))
     assert next(iter(again)) == next(iter(from_file))
+
+
+def test_each_rank_gets_its_rows(built: TaskIndex) -> None:
+    engine = IndexEngine(0, built.sizes, 12, num_replicas=3)
+    engine.commit(0, to_units(built.sizes / 500))
+    assert built.order is not None
+    for k in range(50):
+        draw = engine.draw(k)
+        rows = built.order[np.repeat(built.offsets, draw.counts) + draw.positions].tolist()
+        assert np.array_equal(np.bincount(IDS[rows], minlength=3), draw.counts)
+        for rank in range(3):
+            assert built.examples(engine, k, rank) == rows[(rank + draw.offset) % 3 :: 3]
 
 
 def test_a_state_does_not_load_on_other_data_of_the_same_sizes(tmp_path: Path, built: TaskIndex) -> None:

@@ -122,8 +122,8 @@ class IndexEngine:
         """The rows of batch ``k`` that replica ``rank`` gets, as indices of a data set: ``order[start of the row's task
         + position]``, or without ``order`` that sum itself.
 
-        ``starts`` int64 [T]; ``order``: uint32 or uint64, [examples]. Raises as ``draw`` does, IndexError where a sum
-        lies beyond ``order``, ValueError for a ``rank`` that is none.
+        ``starts`` int64 [T]; ``order``: uint32 or uint64, [examples], contiguous. Raises as ``draw`` does, IndexError
+        where a sum lies outside of ``order``, ValueError for a ``rank`` that is none.
         """
         if not 0 <= rank < self._replicas:
             raise ValueError(f"rank must be between 0 and {self._replicas - 1}, got {rank}")

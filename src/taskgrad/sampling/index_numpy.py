@@ -20,6 +20,9 @@ from .replicas import MAX_DEVIATION, MAX_DEVIATIONS, deal
 ALGORITHM = 1
 """Version of the stream: raised whenever the same input would give another one."""
 
+INTERFACE = 2
+"""Version of what the functions of the extension take and give: an older one is not used."""
+
 MAX_BATCH_SIZE = 1 << 20
 MAX_BATCHES = 1 << 40
 """Batches of a run: with the largest batch, the draws of one task still fit 62 bits."""
@@ -124,6 +127,8 @@ class Engine:
             every = slice((rank + offset) % self._replicas, None, self._replicas)
             task, positions = self._positions(drawn, counts, every)
         rows = starts[task] + positions
+        if order is not None and not _within(rows, 0, len(order) - 1):
+            raise IndexError("starts lead beyond the order")
         found: list[int] = (rows if order is None else order.take(rows)).tolist()
         return found
 

@@ -34,7 +34,8 @@ def load() -> tuple[ModuleType | None, str]:
     try:
         check_is_whole("taskgrad._index_engine")
         module = importlib.import_module("taskgrad._index_engine")
-        if index_numpy.ALGORITHM != module.ALGORITHM:
+        built = (module.ALGORITHM, getattr(module, "INTERFACE", 1))
+        if built != (index_numpy.ALGORITHM, index_numpy.INTERFACE):
             raise ImportError(f"{module.__file__} was built from other sources: install taskgrad again")
     except ImportError as error:
         reason = f"{error} (it is built on installation where a C++ compiler is found)"

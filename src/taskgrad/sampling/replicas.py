@@ -11,6 +11,11 @@ consecutive replicas, from (s - o) mod n on, s the task's first row. That adds n
 the D of a task summing to 0, the squares grow by 2n times the sum of D over those e replicas, and by what no offset
 changes. Between offsets o and o + 1 such a window moves by one replica, which changes its sum by two terms; the e of
 one task ends where that of the next begins. ``csrc/index_engine/replicas.cpp`` agrees to the bit.
+
+How far apart replicas come is measured, not proved. With T tasks and n up to 16 the counts of a task differed by about
+2 + T / 2 + log2 n rows at most, over 10**4 batches. The hardest are few tasks whose shares are small ratios, and many
+replicas, and there the gap still grows, slowly: at T = 8, n = 64, the worst of 150 runs had 10 rows after 10**3
+batches, 16 after 10**4, 19 after 10**5 (the mean: 6, 8, 9).
 """
 
 from __future__ import annotations
