@@ -227,15 +227,14 @@ class Control:
         if decision is None or agreed.weights is None:
             return
         del self._waiting[0]
-        due = decision.effective_at
-        if agreed.drawn <= due:
-            self._enter(due, agreed.weights, decision.cause, bound)
-            return
-        effective = self._slot(agreed.drawn)
-        stream.late(slot - 1 - delay, due, effective)
-        if not self._waiting or self._waiting[0].effective_at > effective:
-            moved = replace(decision, effective_at=effective, cause=f"{decision.cause}, late: due at {due}")
-            self._waiting.insert(0, moved)
+        due, cause = decision.effective_at, decision.cause
+        effective = max(due, self._slot(self.ledger[-1].effective_at + 1))  # after what came late before
+        if agreed.drawn > effective:
+            effective = self._slot(agreed.drawn)
+        if effective > due:
+            stream.late(slot - 1 - delay, due, effective)
+            cause = f"{cause}, late: due at {due}"
+        self._enter(effective, agreed.weights, cause, bound)
 
     def realised(self, stop: int) -> Realised:
         """Drawn against intended mix in this era's batches before ``stop``."""
