@@ -13,6 +13,7 @@ import numpy as np
 
 from .._text import printable
 from .arrays import FloatArray, IntArray, frozen_floats
+from .change import WIDTH, described, next_mix
 from .guards import check_shares
 from .index import IndexEngine
 from .ledger import Ledger
@@ -61,6 +62,7 @@ class _Decision:
     effective_at: int
     shares: FloatArray
     cause: str
+    why: str
 
 
 class Control:
@@ -140,7 +142,7 @@ class Control:
         self.enter_before(effective)
         state = self._policy_state(batch, lr, from_units(self.ledger.at(batch).weights))
         shares = check_shares(self.policy.weights(report, state), self.tasks, self.policy_name)
-        self._waiting = _Decision(effective, shares, f"report on batch {batch}")
+        self._waiting = _Decision(effective, shares, f"report on batch {batch}", self._why(shares, state))
         self._last_step = step
 
     def enter_before(self, batch: int) -> None:
@@ -148,7 +150,7 @@ class Control:
         waiting = self._waiting
         if waiting is not None and waiting.effective_at < batch:
             self._waiting = None
-            self._commit(waiting.effective_at, waiting.shares, waiting.cause)
+            self._commit(waiting.effective_at, waiting.shares, waiting.cause, waiting.why, exact=False)
 
     def realised(self, stop: int) -> Realised:
         """Drawn against intended mix in this era's batches before ``stop``."""
@@ -180,7 +182,7 @@ class Control:
         waiting = self._waiting
         return {
             "ledger": self.ledger.to_dict(),
-            "waiting": waiting and [waiting.effective_at, waiting.shares.tolist(), waiting.cause],
+            "waiting": waiting and [waiting.effective_at, waiting.shares.tolist(), waiting.cause, waiting.why],
             "memory": memory,
             "eval_losses": self.eval_losses,
             "evaluations": self.evaluations,
@@ -205,7 +207,7 @@ class Control:
         for snapshot in state.get("snapshots", []):
             self.engine.restore(snapshot)
         waiting = state["waiting"]
-        self._waiting = waiting and _Decision(waiting[0], frozen_floats(waiting[1]), waiting[2])
+        self._waiting = waiting and _Decision(waiting[0], frozen_floats(waiting[1]), *waiting[2:])
         self.memory = copy.deepcopy(state["memory"])
         self.eval_losses = copy.copy(state["eval_losses"])
         self.evaluations = state["evaluations"]
@@ -224,13 +226,35 @@ class Control:
             max_draws=settings.max_draws,
         )
 
-    def _commit(self, effective_at: int, shares: FloatArray, cause: str) -> None:
+    def _commit(self, effective_at: int, shares: FloatArray, cause: str, why: str = "", exact: bool = True) -> None:
+        """Enter what the guards make of ``shares``, if that changes anything; what a policy follows from report to
+        report is not ``exact``: of it only what moves a task noticeably."""
+        units, bound = self._next(shares, exact)
+        last = self.ledger[-1].weights if len(self.ledger) else None
+        if last is None or not np.array_equal(units, last):
+            before = to_units(self.settings.natural) if last is None else last
+            why = why or described(self.tasks, before, units) or "the natural mix"
+            self.ledger.append(effective_at, units, cause, bound, why)
+            self.engine.commit(effective_at, units)
+
+    def _next(self, shares: FloatArray, exact: bool) -> tuple[IntArray, tuple[str, ...]]:
+        """The mix int64 [T] that would follow the last entry, and the guards that changed something."""
         last = self.ledger[-1].weights if len(self.ledger) else None
         weights, bound = self.settings.guards.apply(shares, None if last is None else from_units(last))
         units = to_units(weights)
-        if last is None or not np.array_equal(units, last):
-            self.ledger.append(effective_at, units, cause, bound)
-            self.engine.commit(effective_at, units)
+        return units if exact or last is None else next_mix(units, last, self.settings.guards), bound
+
+    def _why(self, shares: FloatArray, state: PolicyState) -> str:
+        """The policy's line on the change, if there is one and it has any; printable, at most 120 characters."""
+        last = self.ledger[-1].weights
+        units, _ = self._next(shares, exact=False)
+        if not hasattr(self.policy, "why") or np.array_equal(units, last):
+            return ""
+        weights, proposed = frozen_floats(from_units(last)), frozen_floats(from_units(units))
+        why = self.policy.why(replace(state, weights=weights, proposed=proposed))
+        if not isinstance(why, str):
+            raise TypeError(f"{self.policy_name}.why must return text, got {why!r}")
+        return printable(why, WIDTH)
 
     def _policy_state(self, batch: int, lr: float | None, weights: FloatArray) -> PolicyState:
         settings = self.settings
