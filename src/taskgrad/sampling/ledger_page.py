@@ -31,7 +31,8 @@ LONGEST = 200
 """Characters of a cause, of a why, and of the names of an entry's guards together."""
 LATEST = 1 << 62
 """Batches are counted below this."""
-_LEVEL = 9
+_ROWS_LEVEL = 4  # their bytes are zeros or noise, and with many tasks a higher level takes seconds
+_TEXT_LEVEL = 9
 _NUMBER = re.compile(r"(?<![0-9])(?:0|[1-9][0-9]{0,14})(?![0-9])")
 _GAP = "\0"  # where a number was; no entry's text holds it
 
@@ -119,7 +120,7 @@ def _pack_rows(starts: IntArray, weights: IntArray, before: Before) -> bytes:
     moved = changes != 0
     differences = changes[moved]
     folded = (differences << 1) ^ (differences >> 63)  # small, whatever the sign
-    return zlib.compress(_planes(batches) + np.packbits(moved).tobytes() + _planes(folded), _LEVEL)
+    return zlib.compress(_planes(batches) + np.packbits(moved).tobytes() + _planes(folded), _ROWS_LEVEL)
 
 
 def unpack_rows(stream: bytes, count: int, before: Before) -> tuple[IntArray, IntArray]:
@@ -235,7 +236,7 @@ def _from_planes(data: bytes) -> IntArray:
 
 
 def _pack_json(value: Any) -> bytes:
-    return zlib.compress(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(), _LEVEL)
+    return zlib.compress(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(), _TEXT_LEVEL)
 
 
 def _unpack_json(name: str, stream: bytes, most: int) -> Any:

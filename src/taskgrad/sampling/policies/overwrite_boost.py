@@ -230,9 +230,9 @@ def _verdict(task: str, kept: dict[str, Any] | None, raised: bool) -> str:
     need, learns = _need(kept), _learns(kept)
     if not raised and need < MASTERED:
         return f"released {name} (mastered)"
-    if learns:
+    if learns and raised:
         reason = "learns"
-    elif _trust(kept) < 1.0 or not kept["on"]:
+    elif not learns and (_trust(kept) < 1.0 or not kept["on"]):
         reason = f"no progress in {kept['seen'] - kept['progress']} appearances"
     else:
         reason = f"{need:.0%} left to learn"
