@@ -122,12 +122,13 @@ def test_small_allowed_changes_add_up(factor: float) -> None:
     assert from_units(in_force) == pytest.approx(wanted, rel=TOLERANCE)
 
 
-def test_what_kept_shares_would_do_to_the_budget() -> None:
-    natural = np.array([0.4, 0.4, 0.1, 0.1])
-    rules = guards(natural, budget=0.1)
-    in_force = to_units(np.array([0.304, 0.396, 0.2, 0.1]))
-    asked = to_units(np.array([0.3, 0.4, 0.15, 0.15]))
-    assert diverted(next_mix(asked, in_force, rules), natural) <= 0.1 + 4 / ONE
+def test_where_kept_shares_would_exceed_the_budget_all_move() -> None:
+    natural = np.array([0.25, 0.04, 0.41, 0.30])
+    in_force = to_units(np.array([0.31, 0.08, 0.35, 0.26]))
+    asked = to_units(np.array([0.309, 0.081, 0.3511, 0.2589]))  # only the second by more than 1 %
+    free = next_mix(asked, in_force, guards(natural))
+    assert free[[0, 1, 2]].tolist() == [in_force[0], asked[1], in_force[2]] and diverted(free, natural) > 0.1009
+    assert next_mix(asked, in_force, guards(natural, budget=0.1)).tolist() == asked.tolist()
 
 
 def test_a_change_in_a_line() -> None:

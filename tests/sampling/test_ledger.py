@@ -9,6 +9,7 @@ import resource
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from taskgrad.sampling import Entry, Ledger, ledger_page
 from taskgrad.sampling import ledger as ledger_module
+from taskgrad.sampling.ledger_page import Before
 from taskgrad.sampling.quota import ONE, to_units
 
 
@@ -378,6 +380,39 @@ def test_what_a_page_holds_is_bounded(stream: int, content: bytes) -> None:
     with pytest.raises(ValueError, match=r"pages\[0\]\.(rows|notes|whys): "):
         Ledger.from_dict(data)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+
+
+@pytest.mark.parametrize("change", [lambda s: s + b"x", lambda s: s[:-1], lambda s: b"x" + s, lambda s: b""])
+@pytest.mark.parametrize("stream", range(3))
+def test_streams_end_where_they_should(stream: int, change: Any) -> None:
+    data = filled().to_dict()
+    data["pages"][0][stream] = base64.b64encode(change(base64.b64decode(data["pages"][0][stream]))).decode()
+    data["checksum"] = ledger_module._checksum(data, ())
+    with pytest.raises(ValueError, match=r"pages\[0\]\.(rows|notes|whys): "):
+        Ledger.from_dict(data)
+
+
+@pytest.mark.parametrize("batches", [(1, 20), (0, 0), (20, 0)])
+def test_batches_out_of_order_are_refused_whatever_digests_say(batches: tuple[int, int]) -> None:
+    for size in (1, 2):
+        with small_pages(size):
+            ledger = filled()
+            entries = [replace(e, effective_at=at) for e, at in zip(ledger, batches, strict=True)]
+            before, ledger._pages, ledger._tail = Before(0, np.zeros(2, dtype=np.int64)), [], []
+            for i in range(0, 2, size):
+                ledger._pages.append(ledger_page.packed(entries[i : i + size], before))
+                before = ledger._pages[-1].after
+            with pytest.raises(ValueError, match=r"pages\[\d\]\.rows: (it begins at|the entries' batches|a batch is)"):
+                Ledger.from_dict(ledger.to_dict())
+
+
+def test_whys_go_with_their_page_even_where_it_was_open() -> None:
+    with small_pages(whys=1):
+        ledger = long(4)
+        assert ledger[0].why == "why 0"
+        for i in range(4, 7):
+            ledger.append(10 * i, units(1, 1, i), "x", (), "x")
+        assert ledger[0].why == ""
 
 
 def test_whys_stand_in_the_newest_pages_only() -> None:

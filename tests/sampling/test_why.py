@@ -61,12 +61,14 @@ def test_the_policys_words_and_what_it_is_asked() -> None:
 
 
 def test_a_policy_is_not_asked_about_no_change() -> None:
-    policy = Alternating("x")
+    class Noisy(Alternating):
+        def weights(self, report: Any, state: PolicyState) -> FloatArray:
+            shares = np.array([0.4, 0.3, 0.2, 0.1]) * (1 + 0.001 * np.random.default_rng(report.step).random(4))
+            return np.asarray(shares / shares.sum())
+
+    policy = Noisy("x")
     sampler = build(policy)
-    batches = iter(sampler)
-    for _ in range(6):
-        next(batches)
-        sampler.update(Report(step=2 * sampler.consumed + 1))
+    run(sampler, 6)
     assert len(sampler.ledger) == 2 == len(policy.asked) + 1
 
 

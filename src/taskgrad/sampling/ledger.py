@@ -165,7 +165,7 @@ class Ledger:
             "data": self.data,
             "start": self.start,
             "era": self.era,
-            "past": list(self.past),
+            "past": [dict(earlier) for earlier in self.past],
             "entries": len(self),
             "pages": [[base64.b64encode(s).decode() for s in (p.rows, p.notes, p.whys)] for p in pages],
             "digest": self.digest(),

@@ -254,8 +254,6 @@ def _inflate(name: str, stream: bytes, most: int) -> bytes:
         data = inflater.decompress(stream, most + 1)
     except zlib.error as error:
         raise ValueError(f"{name}: not a zlib stream ({error})") from None
-    if len(data) > most:
-        raise ValueError(f"{name}: the stream holds more than the {most} bytes that its entries can fill")
-    if not inflater.eof or inflater.unused_data:
-        raise ValueError(f"{name}: the stream is cut or has something behind its end")
+    if len(data) > most or not inflater.eof or inflater.unused_data:
+        raise ValueError(f"{name}: the stream is cut, goes on behind its end, or holds more than {most} bytes")
     return data
