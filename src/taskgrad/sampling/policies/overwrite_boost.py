@@ -101,13 +101,14 @@ class OverwriteBoost(Policy):
         if state.proposed is None:
             return ""
         rare = np.flatnonzero(_equal_parts(state) > 0)
-        factor = state.proposed[rare] / np.maximum(state.weights[rare], _TINY)
-        moved = rare[np.argsort(-np.abs(np.log(np.maximum(factor, _TINY))), kind="stable")]
+        factor = np.maximum(state.proposed[rare], _TINY) / np.maximum(state.weights[rare], _TINY)
+        order = np.argsort(-np.abs(np.log(factor)), kind="stable")
+        moved = rare[order[: int((np.abs(factor - 1.0) > TOLERANCE).sum())]]
         parts = [
-            _verdict(task, state.memory.get(task), bool(state.proposed[t] > state.weights[t]))
-            for t, task in ((t, state.tasks[t]) for t in moved[:NAMED])
+            _verdict(state.tasks[t], state.memory.get(state.tasks[t]), bool(state.proposed[t] > state.weights[t]))
+            for t in moved[:NAMED]
         ]
-        return joined(parts, int((np.abs(factor - 1.0) > TOLERANCE).sum()))
+        return joined(parts, len(moved))
 
     def __repr__(self) -> str:
         return "OverwriteBoost()"
