@@ -19,6 +19,7 @@ import numpy as np
 from .._text import printable
 from .agreement import Agreement
 from .arrays import FloatArray, IntArray, frozen_floats
+from .change import WIDTH, described, next_mix
 from .guards import check_shares
 from .index import IndexEngine
 from .ledger import Ledger
@@ -71,6 +72,7 @@ class _Decision:
     effective_at: int
     shares: FloatArray
     cause: str
+    why: str
 
 
 class Control:
@@ -178,21 +180,22 @@ class Control:
         late = "" if effective == due else f", late: due at {due}"
         if self._waiting and self._waiting[-1].effective_at == effective:
             self._waiting.pop()
-        self._waiting.append(_Decision(effective, shares, f"report on batch {batch}{late}"))
+        self._waiting.append(_Decision(effective, shares, f"report on batch {batch}{late}", self._why(shares, state)))
 
     def enter_before(self, batch: int) -> None:
         """Enter what waits for batches before ``batch``. Several ranks have to agree first."""
         while self.agreement is None and self._waiting and self._waiting[0].effective_at < batch:
             decision = self._waiting.pop(0)
-            self._commit(decision.effective_at, decision.shares, decision.cause)
+            units, bound = self._after(self.ledger[-1].weights, decision.shares)
+            self._enter(decision.effective_at, units, decision.cause, bound, decision.why)
 
     def weights_at(self, batch: int) -> FloatArray:
         """Probabilities [T] in force at ``batch``, also where they still wait to be entered."""
-        weights = from_units(self.ledger.at(batch).weights)
+        units = self.ledger.at(batch).weights
         for decision in self._waiting:
             if decision.effective_at <= batch:
-                weights = from_units(to_units(self.settings.guards.apply(decision.shares, weights)[0]))
-        return weights
+                units, _ = self._after(units, decision.shares)
+        return from_units(units)
 
     # -- several ranks ------------------------------------------------------------------------------------------------
 
@@ -217,7 +220,7 @@ class Control:
         slot = (stream.consumed + reach) // every * every
         hand_over(slot - 1 - delay)
         decision = self._waiting[0] if self._waiting and self._waiting[0].effective_at <= slot else None
-        units, bound = (None, ()) if decision is None else self._guarded(decision.shares)
+        units, bound = (None, ()) if decision is None else self._after(self.ledger[-1].weights, decision.shares)
         more = len(self._waiting) > 1 and self._waiting[1].effective_at <= slot
         batches = max(1, (stream.consumed - self._agreed_at) // self._calls)  # a call
         after = 1 if more else max(1, -(-(slot + every - reach - stream.consumed) // batches))
@@ -234,7 +237,7 @@ class Control:
         if effective > due:
             stream.late(slot - 1 - delay, due, effective)
             cause = f"{cause}, late: due at {due}"
-        self._enter(effective, agreed.weights, cause, bound)
+        self._enter(effective, agreed.weights, cause, bound, decision.why)
 
     def realised(self, stop: int) -> Realised:
         """Drawn against intended mix in this era's batches before ``stop``."""
@@ -265,7 +268,7 @@ class Control:
             raise type(error)(f"{self.policy_name} keeps in state.memory what JSON cannot hold: {error}") from None
         return {
             "ledger": self.ledger.to_dict(),
-            "waiting": [[d.effective_at, d.shares.tolist(), d.cause] for d in self._waiting],
+            "waiting": [[d.effective_at, d.shares.tolist(), d.cause, d.why] for d in self._waiting],
             "memory": memory,
             "eval_losses": self.eval_losses,
             "evaluations": self.evaluations,
@@ -284,8 +287,9 @@ class Control:
     def prepare(self, state: Mapping[str, Any], ledger: Ledger) -> IndexEngine:
         """The engine for a saved state, at its batch; raises ValueError where its snapshots do not fit."""
         engine = self._new_engine(ledger)
-        for entry in ledger:
-            engine.commit(entry.effective_at, entry.weights)
+        for batches, weights in ledger.blocks():
+            for batch, row in zip(batches.tolist(), weights, strict=True):
+                engine.commit(batch, row)
         at = ledger.start
         for snapshot in state["snapshots"]:
             if engine.restore(snapshot):
@@ -298,7 +302,7 @@ class Control:
     def restore(self, state: Mapping[str, Any], ledger: Ledger, engine: IndexEngine) -> None:
         """Take over what ``to_dict`` wrote, checked by the caller; ``engine`` is from ``prepare``."""
         self.ledger, self.engine = ledger, engine
-        self._waiting = [_Decision(at, frozen_floats(shares), cause) for at, shares, cause in state["waiting"]]
+        self._waiting = [_Decision(at, frozen_floats(shares), *said) for at, shares, *said in state["waiting"]]
         self.memory = copy.deepcopy(state["memory"])
         self.eval_losses = copy.copy(state["eval_losses"])
         self.evaluations = state["evaluations"]
@@ -320,18 +324,36 @@ class Control:
         )
 
     def _commit(self, effective_at: int, shares: FloatArray, cause: str) -> None:
-        units, bound = self._guarded(shares)
-        self._enter(effective_at, units, cause, bound)
-
-    def _guarded(self, shares: FloatArray) -> tuple[IntArray, tuple[str, ...]]:
+        """Enter exactly what the guards make of ``shares``: a policy's first weights, or its schedule."""
         last = from_units(self.ledger[-1].weights) if len(self.ledger) else None
         weights, bound = self.settings.guards.apply(shares, last)
-        return to_units(weights), bound
+        self._enter(effective_at, to_units(weights), cause, bound, "")
 
-    def _enter(self, effective_at: int, units: IntArray, cause: str, bound: tuple[str, ...]) -> None:
-        if not len(self.ledger) or not np.array_equal(units, self.ledger[-1].weights):
-            self.ledger.append(effective_at, units, cause, bound)
+    def _after(self, last: IntArray, shares: FloatArray) -> tuple[IntArray, tuple[str, ...]]:
+        """The mix int64 [T] that follows ``last``, and the guards that changed something. Of what a policy follows from
+        report to report, only what moves a task noticeably."""
+        weights, bound = self.settings.guards.apply(shares, from_units(last))
+        return next_mix(to_units(weights), last, self.settings.guards), bound
+
+    def _enter(self, effective_at: int, units: IntArray, cause: str, bound: tuple[str, ...], why: str) -> None:
+        last = self.ledger[-1].weights if len(self.ledger) else None
+        if last is None or not np.array_equal(units, last):
+            before = to_units(self.settings.natural) if last is None else last
+            why = why or described(self.tasks, before, units) or "the natural mix"
+            self.ledger.append(effective_at, units, cause, bound, why)
             self.engine.commit(effective_at, units)
+
+    def _why(self, shares: FloatArray, state: PolicyState) -> str:
+        """The policy's line on the change, if there is one and it has any; printable, at most 120 characters."""
+        last = self.ledger[-1].weights
+        units, _ = self._after(last, shares)
+        if not hasattr(self.policy, "why") or np.array_equal(units, last):
+            return ""
+        weights, proposed = frozen_floats(from_units(last)), frozen_floats(from_units(units))
+        why = self.policy.why(replace(state, weights=weights, proposed=proposed))
+        if not isinstance(why, str):
+            raise TypeError(f"{self.policy_name}.why must return text, got {why!r}")
+        return printable(why, WIDTH)
 
     def _policy_state(self, batch: int, lr: float | None, weights: FloatArray) -> PolicyState:
         settings = self.settings

@@ -79,7 +79,7 @@ def _check_together(state: Mapping[str, Any]) -> Ledger:
     if runs[0][1] < ledger.start or any(a[0] >= b[0] or a[1] > b[1] for a, b in pairwise(runs)):
         raise _wrong("epochs", runs)
     last = ledger[-1].effective_at
-    for at, shares, _ in state["waiting"]:
+    for at, shares, *_ in state["waiting"]:
         if at <= last or len(shares) != tasks or not 0 <= sum(shares) <= 1 + 1e-6:
             raise _wrong("waiting", state["waiting"])
         last = at
@@ -124,10 +124,11 @@ def _mapping(value: Any, fits: Callable[[Any], bool]) -> bool:
 def _decision(value: Any) -> bool:
     return (
         isinstance(value, list)
-        and len(value) == 3
+        and len(value) == 4
         and _count(value[0])
         and _list(value[1], lambda share: _number(share) and share >= 0)
         and _text(value[2])
+        and _text(value[3])
     )
 
 

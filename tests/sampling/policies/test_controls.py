@@ -57,8 +57,8 @@ def test_replay_takes_ledgers_only() -> None:
         with pytest.raises(TypeError, match="source must be a sampler's state_dict"):
             Replay(wrong)  # type: ignore[arg-type]
     broken = build(Restless()).ledger.to_dict()
-    broken["entries"][0][1] = broken["entries"][0][1][::-1]
-    with pytest.raises(ValueError, match="does not match its digest"):
+    broken["sizes"] = broken["sizes"][::-1]
+    with pytest.raises(ValueError, match="does not match its checksum"):
         Replay(broken, batches=4)
     later = Ledger(SIZES, start=10)
     with pytest.raises(ValueError, match="batches must be at least 11, got 10"):

@@ -46,6 +46,7 @@ class PolicyState:
     - ``eval_losses``: the last losses given to ``sampler.observe``, by task name, or None. ``evaluations``: how often
       there were any.
     - ``memory``: the policy's own, mutable, JSON-able.
+    - ``proposed``: only for ``why``, the probabilities that are to follow ``weights``, as the guards let them through.
     """
 
     tasks: tuple[str, ...]
@@ -64,6 +65,7 @@ class PolicyState:
     eval_losses: Mapping[str, float] | None
     memory: dict[str, Any]
     evaluations: int = 0
+    proposed: FloatArray | None = None
 
 
 class Policy(ABC):
@@ -84,6 +86,14 @@ class Policy(ABC):
     @abstractmethod
     def weights(self, report: Any, state: PolicyState) -> FloatArray:
         """Probabilities [T] asked for; where they sum to less than 1, the remainder stays with the natural mix."""
+
+    def why(self, state: PolicyState) -> str:
+        """A line for the ledger on the change from ``state.weights``, those in force before it, to ``state.proposed``.
+
+        Asked for right after ``weights``, where its answer changes the mix. The ledger keeps 120 characters. Empty, as
+        here: the sampler says which shares move most.
+        """
+        return ""
 
 
 class FixedPolicy(Policy):

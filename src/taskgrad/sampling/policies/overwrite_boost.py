@@ -26,7 +26,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..._text import printable
 from ..arrays import FloatArray
+from ..change import NAMED, TOLERANCE, joined
 from .base import Policy, PolicyState
 from .updates import column, counted
 
@@ -54,6 +56,8 @@ GROWTH = 2.0
 after half of that again. So phases grow with the run, as a plateau's length is unknown."""
 DOUBT = 3.0
 """Power with which trust in a stalled task falls as its last progress recedes."""
+MASTERED = 0.1
+"""Need below which a task that is lowered is called mastered; only words depend on it."""
 _TINY = 1e-12
 
 
@@ -91,6 +95,20 @@ class OverwriteBoost(Policy):
                 high[t] = CAP * need
         floor = equal * np.where(state.critical, 1.0, FLOOR)
         return floor + _fill(want * equal, high * equal, float((equal - floor).sum()))
+
+    def why(self, state: PolicyState) -> str:
+        """The rare tasks whose shares move most, and what is known of each."""
+        if state.proposed is None:
+            return ""
+        rare = np.flatnonzero(_equal_parts(state) > 0)
+        factor = np.maximum(state.proposed[rare], _TINY) / np.maximum(state.weights[rare], _TINY)
+        order = np.argsort(-np.abs(np.log(factor)), kind="stable")
+        moved = rare[order[: int((np.abs(factor - 1.0) > TOLERANCE).sum())]]
+        parts = [
+            _verdict(state.tasks[t], state.memory.get(state.tasks[t]), bool(state.proposed[t] > state.weights[t]))
+            for t in moved[:NAMED]
+        ]
+        return joined(parts, len(moved))
 
     def __repr__(self) -> str:
         return "OverwriteBoost()"
@@ -203,3 +221,20 @@ def _trust(kept: dict[str, Any]) -> float:
     """How far a task that does not learn by its gradients is trusted, in [0, 1], by its last confirmed progress."""
     allowed = max(GROWTH * kept["progress"], kept["progress"] + PATIENCE * TRIAL)
     return float(min(1.0, allowed / max(1, kept["seen"])) ** DOUBT)
+
+
+def _verdict(task: str, kept: dict[str, Any] | None, raised: bool) -> str:
+    """What happens to the task, and the reason, as far as anything is known of it."""
+    name = printable(task, 20)
+    if kept is None:
+        return f"{'raised' if raised else 'lowered'} {name}"
+    need, learns = _need(kept), _learns(kept)
+    if not raised and need < MASTERED:
+        return f"released {name} (mastered)"
+    if learns and raised:
+        reason = "learns"
+    elif not learns and (_trust(kept) < 1.0 or not kept["on"]):
+        reason = f"no progress in {kept['seen'] - kept['progress']} appearances"
+    else:
+        reason = f"{need:.0%} left to learn"
+    return f"{'raised' if raised else 'lowered'} {name} ({reason})"
