@@ -4,7 +4,7 @@ Every cell trains a small model under a policy that moves after every report, an
 reached the model with those of a plain loop that was never stopped: the same ones, none lost, none repeated,
 ``consumed`` right, the same ledger.
 
-    python -m benchmarks.stream [--ranks 1 2 3] [--spawn] [--table benchmarks/results/stream.md]
+    python -m benchmarks.stream [--ranks 1 2 3] [--spawn] [--table benchmarks/results/stream.md] [--check]
 """
 
 from __future__ import annotations
@@ -270,7 +270,10 @@ def launch(ranks: int, spawn: bool, chosen: list[Cell] | None = None) -> dict[st
             ]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             command = [sys.executable, "-m", "benchmarks.stream", "--worker"]
-            processes = [subprocess.Popen([*command, json.dumps(request)], env=environment) for request in requests]
+            root = Path(__file__).parents[1]
+            processes = [
+                subprocess.Popen([*command, json.dumps(request)], env=environment, cwd=root) for request in requests
+            ]
             if sum(process.wait() != 0 for process in processes):
                 raise RuntimeError(f"a launch of {ranks} ranks failed")
         first, after = (
@@ -292,7 +295,8 @@ def launch(ranks: int, spawn: bool, chosen: list[Cell] | None = None) -> dict[st
 
 def table(results: dict[int, dict[str, str]], seconds: float) -> str:
     """The verdicts as Markdown."""
-    lines = [_INTRODUCTION, f"`python -m benchmarks.stream --spawn`, torch {torch.__version__}, {seconds:.0f} s.", ""]
+    command = f"python -m benchmarks.stream {' '.join(sys.argv[1:])}".strip()
+    lines = [_INTRODUCTION, f"`{command}`, torch {torch.__version__}, {seconds:.0f} s.", ""]
     for ranks, verdicts in results.items():
         lines += [f"## {ranks} rank{'s' if ranks > 1 else ''}", ""]
         lines += [f"| loader | workers | {' | '.join(PATTERNS)} |", "|---" * (2 + len(PATTERNS)) + "|"]
@@ -321,7 +325,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--spawn", action="store_true", help="also workers that are spawned, seconds a cell")
-    parser.add_argument("--table", type=Path)
+    parser.add_argument("--table", type=Path, help="write it there too")
+    parser.add_argument("--check", action="store_true", help="fail unless every cell is ok or told")
     arguments = parser.parse_args()
     started = time.perf_counter()
     results = {ranks: launch(ranks, arguments.spawn) for ranks in arguments.ranks}
@@ -329,6 +334,8 @@ def main() -> None:
     print(text)
     if arguments.table is not None:
         arguments.table.write_text(text)
+    if arguments.check and not {verdict for found in results.values() for verdict in found.values()} <= {"ok", "told"}:
+        raise SystemExit("some cells are wrong")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ def test_python_blocks_run_as_printed(
     assert "product" in printed
     assert "100.0% of the trainable elements attributed" in printed
     assert (tmp_path / "taskgrad.safetensors").exists()
+    assert re.search(r"^\d+ report on batch \d+ \w+", printed, flags=re.MULTILINE)  # it ran long enough to adapt
     scale, tg = namespace["Scale"], namespace["tg"]
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), scale(3))  # type: ignore[operator]
     tracker = tg.track(model, ["a", "b"], mode="exact", verify=False)  # type: ignore[attr-defined]

@@ -68,6 +68,8 @@ def train(setting: Setting, policy: Any, seed: int, steps: int, guarded: bool = 
         budget=setting.budget if guarded else None,
     )
     run = Run(list(setting.tasks), list(setting.kinds), natural.tolist())
+    if tracker is not None:
+        sampler.follow(tracker)
     for step, slots in enumerate(sampler):
         weights = sampler.weights
         if step % max(1, steps // POINTS) == 0:
@@ -79,14 +81,12 @@ def train(setting: Setting, policy: Any, seed: int, steps: int, guarded: bool = 
         if tracker is None:
             F.cross_entropy(model(inputs), labels).backward()
             optimizer.step()
-            sampler.update()
         else:
             with tracker.batch(torch.from_numpy(task_ids)) as batch:
                 per_example = F.cross_entropy(model(inputs), labels, reduction="none")
                 batch.losses(per_example)
                 per_example.mean().backward()
             optimizer.step()
-            sampler.update(tracker.report())
         if (step + 1) % max(1, steps // EVALUATIONS) == 0 or step + 1 == steps:
             run.accuracy = evaluate(model, setting, data)
             run.curve.append({"step": step + 1, **by_kind(run.kinds, run.accuracy)})

@@ -2,13 +2,13 @@
 
 tracker = taskgrad.track(model, tasks=["text", "code", "legal"], optimizer=optimizer)
 sampler = taskgrad.AdaptiveBatchSampler(task_of_example, batch_size=64)
+sampler.follow(tracker)
 
 for batch in torch.utils.data.DataLoader(dataset, batch_sampler=sampler):
     with tracker.batch(batch["task"]):
         loss_fn(model(batch["x"]), batch["y"]).backward()
     optimizer.step()
     optimizer.zero_grad()
-    sampler.update(tracker.report())
 """
 
 from __future__ import annotations

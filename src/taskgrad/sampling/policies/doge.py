@@ -23,7 +23,8 @@ class DoGE(Policy):
     of its proxy model by p; here the gradients are the report's, and p are the probabilities of sampling. Its result,
     for another run, is the average of p over the steps: ``Replay``.
 
-    Needs the learning rate: ``sampler.update(report, lr=...)``. Tasks that are not in a batch stay where they are.
+    Needs the learning rate, which ``sampler.follow`` reads; by hand it is ``sampler.update(report, lr=...)``. Tasks that
+    are not in a batch stay where they are.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class DoGE(Policy):
     def weights(self, report: Any, state: PolicyState) -> FloatArray:
         """Probabilities after this report's step [T]."""
         if state.lr is None:
-            raise ValueError("DoGE needs the learning rate: call sampler.update(report, lr=...)")
+            raise ValueError(
+                "DoGE needs the learning rate: call sampler.follow(tracker), or sampler.update(report, lr=...)"
+            )
         kept = np.array(state.memory.get("weights", self.initial(state)))
         norm, gram = column(report, "norm"), column(report, "gram")
         seen = np.isfinite(norm) & (norm > 0) & (np.diagonal(gram) > 0)
