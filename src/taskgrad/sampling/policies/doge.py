@@ -23,8 +23,8 @@ class DoGE(Policy):
     of its proxy model by p; here the gradients are the report's, and p are the probabilities of sampling. Its result,
     for another run, is the average of p over the steps: ``Replay``.
 
-    Needs the learning rate, which ``sampler.follow`` reads; by hand it is ``sampler.update(report, lr=...)``. Tasks that
-    are not in a batch stay where they are.
+    Needs the learning rate, which ``sampler.follow`` reads; by hand it is ``sampler.update(report, lr=...)``. Tasks
+    that are not in a batch stay where they are.
     """
 
     def __init__(
