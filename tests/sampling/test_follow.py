@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import queue
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -511,3 +513,22 @@ def test_what_a_tracker_is_told_to_tell(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(TaskGradTracker, "_closed", None)
     loop.step(next(loop.batches()))
     assert loop.tracker.report().valid
+
+
+def test_a_loader_may_draw_in_a_thread_of_its_own() -> None:
+    straight = Loop(policy=Restless(), delay=12, num_batches=100)
+    rows = [float(batch[0].sum()) for batch in straight.batches() if straight.step(batch) is None]
+    loop = Loop(policy=Restless(), delay=12, num_batches=100)
+    drawn: queue.Queue[Batch | None] = queue.Queue(maxsize=10)
+
+    def draw() -> None:
+        for batch in loop.batches():
+            drawn.put(batch)
+        drawn.put(None)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    found = [float(batch[0].sum()) for batch in iter(drawn.get, None) if loop.step(batch) is None]
+    thread.join()
+    assert found == rows and loop.sampler.consumed == 100
+    assert loop.sampler.ledger.digest() == straight.sampler.ledger.digest() and len(loop.sampler.ledger) > 20

@@ -148,6 +148,24 @@ def test_set_epoch_after_a_load_keeps_the_place() -> None:
         assert len(list(resumed)) == LENGTH - 7
 
 
+def test_an_iteration_does_not_outlive_a_jump() -> None:
+    for jump in ("load", "rewind", "rebase"):
+        sampler = build_at(LENGTH + 3)
+        state = saved(sampler)
+        under_way = iter(sampler)
+        first = next(under_way)
+        if jump == "load":
+            sampler.load_state_dict(state)
+        elif jump == "rewind":
+            sampler.rewind(1)
+        else:
+            sampler.rebase(state)
+        with pytest.raises(RuntimeError, match=r"while this iteration over it was under way.*iter\(loader\)"):
+            next(under_way)
+        if jump == "load":
+            assert next(iter(sampler)) == first
+
+
 def test_a_state_from_the_end_of_an_epoch_begins_the_next() -> None:
     resumed = build()
     resumed.load_state_dict(saved(build_at(LENGTH)))

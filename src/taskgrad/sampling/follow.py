@@ -50,27 +50,30 @@ class Following:
     def counted(self, examples: IntArray | None) -> None:
         """The training loop is through with a batch that has so many rows of each task, [T], where that is known."""
         stream = self._stream
-        if stream.consumed >= stream.drawn:
-            stream.overcounted()
-            return
-        if examples is not None and stream.compares:
-            drawn = np.bincount(self._task_ids(stream.consumed), minlength=len(examples))
-            if drawn.sum() == examples.sum():  # else the loop makes batches of its own
-                stream.compare(np.array_equal(drawn, examples))
-        stream.count(stream.consumed)
+        with stream.lock:
+            if stream.consumed >= stream.drawn:
+                stream.overcounted()
+                return
+            if examples is not None and stream.compares:
+                drawn = np.bincount(self._task_ids(stream.consumed), minlength=len(examples))
+                if drawn.sum() == examples.sum():  # else the loop makes batches of its own
+                    stream.compare(np.array_equal(drawn, examples))
+            stream.count(stream.consumed)
 
     def closed(self, delivery: Delivery, lr: Callable[[], float | None]) -> None:
         """A step has closed."""
         stream = self._stream
-        if self._control.adaptive and stream.fresh and stream.consumed > self._control.ledger.start:
-            self._queue.append(_Closed(delivery, stream.consumed - 1, stream.drawn, lr))
-            self.hand_over()
-        self._control.settle(stream, self.hand_over)
+        with stream.lock:
+            if self._control.adaptive and stream.fresh and stream.consumed > self._control.ledger.start:
+                self._queue.append(_Closed(delivery, stream.consumed - 1, stream.drawn, lr))
+                self.hand_over()
+            self._control.settle(stream, self.hand_over)
 
     def observe(self, losses: dict[str, float]) -> None:
         """Evaluation losses, for the reports that come after them."""
-        self._queue.append(losses)
-        self.hand_over()
+        with self._stream.lock:
+            self._queue.append(losses)
+            self.hand_over()
 
     def hand_over(self, batch: int = -1) -> None:
         """Hand over what has arrived, and wait for the reports on batches up to ``batch``. Where ranks have to agree,

@@ -25,7 +25,8 @@ def _callers(depth: int) -> list[FrameType]:
 def workers() -> int:
     """Workers of the DataLoader that is asking for a batch, 0 where none is."""
     for frame in _callers(1):
-        count = getattr(frame.f_locals.get("self"), "_num_workers", None)
+        # not getattr: whose ``self`` that is, nobody knows
+        count = getattr(frame.f_locals.get("self"), "__dict__", {}).get("_num_workers")
         if isinstance(count, int):
             return count
     return 0

@@ -371,11 +371,13 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
                 raise TypeError(f"report must be a StepReport (tracker.report()), got {type(report).__name__}")
             self._adopt(tuple(report.tasks), "report")
             if b >= stream.most and self._control.adaptive:
-                self._control.decide_by_hand(report, b, lr, stream)
+                with stream.lock:
+                    self._control.decide_by_hand(report, b, lr, stream)
         self._start_by_hand()
-        stream.count(b)
-        self._control.enter_before(b + 2 + self._settings.delay)  # no later report can replace such a decision
-        self._control.settle(stream, self._following.hand_over)
+        with stream.lock:
+            stream.count(b)
+            self._control.enter_before(b + 2 + self._settings.delay)  # no later report can replace such a decision
+            self._control.settle(stream, self._following.hand_over)
 
     def _start_by_hand(self) -> None:
         if not self._stream.counting:
@@ -430,20 +432,21 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         return self._state(consumed)
 
     def _state(self, consumed: int | None = None) -> dict[str, Any]:
-        self._following.flush()
-        at = self.consumed if consumed is None else count_of("consumed", consumed, self.ledger.start)
-        if at > self._stream.drawn:
-            raise ValueError(f"consumed is {at}, but only {self._stream.drawn} batches were drawn")
-        return seal(
-            {
-                "settings": self._settings.to_dict(),
-                "policy": self._control.policy_name,
-                "tasks": list(self.tasks),
-                "named": self._index.named,
-                **self._stream.to_dict(at),
-                **self._control.to_dict(at),
-            }
-        )
+        with self._stream.lock:
+            self._following.flush()
+            at = self.consumed if consumed is None else count_of("consumed", consumed, self.ledger.start)
+            if at > self._stream.drawn:
+                raise ValueError(f"consumed is {at}, but only {self._stream.drawn} batches were drawn")
+            return seal(
+                {
+                    "settings": self._settings.to_dict(),
+                    "policy": self._control.policy_name,
+                    "tasks": list(self.tasks),
+                    "named": self._index.named,
+                    **self._stream.to_dict(at),
+                    **self._control.to_dict(at),
+                }
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state_dict`` was taken; see ``resume`` for where the next ``iter()`` begins.
@@ -465,11 +468,12 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         self._check_same_data(state, ledger)
         self._check_built_alike(state)
         engine = self._control.prepare(state, ledger)
-        if state["named"]:
-            self._rename(tuple(state["tasks"]))
-        self._control.restore(state, ledger, engine)
-        self._stream.restore(state)
-        self._following.restart()
+        with self._stream.lock:
+            if state["named"]:
+                self._rename(tuple(state["tasks"]))
+            self._control.restore(state, ledger, engine)
+            self._stream.restore(state)
+            self._following.restart()
         tracker = self._following.tracker
         if tracker is not None:
             self._stream.start_counting(by_hand=False)
@@ -526,6 +530,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         settings = self._settings
         new = Ledger(settings.sizes, data=settings.data, start=consumed, era=ledger.era + 1, past=past)
         tracker = self._following.tracker
+        self._stream.jump()
         self._control.open_era(new)
         self._stream = self._new_stream(consumed, epoch + (consumed > start))
         self._following = Following(self._stream, self._control, self.task_ids)

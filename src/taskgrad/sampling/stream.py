@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from threading import RLock
 from typing import Any
 
 from . import loaders
@@ -28,6 +29,7 @@ class Stream:
     middle of an epoch goes through all of that epoch again."""
 
     def __init__(self, start: int, length: int, *, first_epoch: int = 0, replay: bool = False) -> None:
+        self.lock = RLock()  # loaders may draw in a thread of their own
         self.length, self.replay = length, replay
         self.epochs = Epochs(first_epoch, start, length)
         self.counting = False
@@ -38,6 +40,7 @@ class Stream:
         self._resumed = False  # nothing was consumed since a load in the middle of an epoch
         self._drawings: list[weakref.ref[Drawing]] = []
         self._last: weakref.ref[Drawing] | None = None
+        self.jumps = 0  # how often the position was set from outside
         self._left: tuple[int, int, int, int] | None = None
         self._first_ahead: int | None = None  # batches that the loader draws ahead, as seen at the first count
         self.compares = 0
@@ -85,8 +88,13 @@ class Stream:
         self._consumed = self._yielded = self._finished = self._base = start
         self._epoch, self._start, self._stop = epoch, start, start + self.length
         self._resumed = False
+        self.jump()
+
+    def jump(self) -> None:
+        """The position was set from outside: iterations that are under way are not of it."""
+        self.jumps += 1
         self._drawings.clear()
-        self._last = None
+        self._last = self._left = None
 
     # -- what loaders draw --------------------------------------------------------------------------------------------
 
@@ -122,6 +130,7 @@ class Stream:
 
     def _enter(self, drawing: Drawing) -> None:
         self.compares, self._unlike = _COMPARES, 0
+        drawing.jumps = self.jumps
         self._drawings.append(weakref.ref(drawing))
         self._last = weakref.ref(drawing)
         self._left = None
@@ -259,8 +268,7 @@ class Stream:
         self.drawn = self._consumed = self._yielded = self._finished = self._base = consumed
         self.most = state["most"]
         self._resumed = self._start < consumed < self._stop
-        self._drawings.clear()
-        self._last = self._left = None
+        self.jump()
 
 
 class Drawing(Iterator[list[int]]):
@@ -270,8 +278,7 @@ class Drawing(Iterator[list[int]]):
     snapshots itself (torchdata) keeps beside the sampler's, which says what was consumed.
     """
 
-    epoch = start = stop = 0
-    workers = 0
+    epoch = start = stop = workers = jumps = 0
 
     def __init__(self, stream: Stream, draw: Callable[[int], list[int]]) -> None:
         self._stream, self._draw = stream, draw
@@ -281,15 +288,21 @@ class Drawing(Iterator[list[int]]):
         return self
 
     def __next__(self) -> list[int]:
-        if self._at is None:
-            self.workers = loaders.workers()
-            self._at = self._stream.begin(self)
-        if self._at >= self.stop:
-            raise StopIteration
-        batch = self._draw(self._at)
-        self._stream.drew(self, self._at)
-        self._at += 1
-        return batch
+        with self._stream.lock:
+            if self._at is None:
+                self.workers = loaders.workers()
+                self._at = self._stream.begin(self)
+            if self.jumps != self._stream.jumps:
+                raise RuntimeError(
+                    "the sampler was loaded, rewound or rebased while this iteration over it was under way: leave the "
+                    "loop and begin a new one, iter(loader), which goes on where the sampler is now"
+                )
+            if self._at >= self.stop:
+                raise StopIteration
+            batch = self._draw(self._at)
+            self._stream.drew(self, self._at)
+            self._at += 1
+            return batch
 
     def state_dict(self) -> dict[str, Any]:
         """The next batch, and the epoch it belongs to; nothing before the first was drawn."""
