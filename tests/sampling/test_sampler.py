@@ -297,6 +297,24 @@ def test_a_change_on_a_drawn_batch_raises_and_names_the_delay() -> None:
     assert [waiting[0] for waiting in enough.state_dict()["waiting"]] == [9]
 
 
+def test_update_once_per_step_under_accumulation_is_told() -> None:
+    """What is wrong there is not the delay, and raising it would only put off the error."""
+    sampler = build(update_every=1, delay=8)
+    with pytest.raises(ValueError, match=r"\d+ more than were counted, where it was 3 at first.*micro-batches.*follow"):
+        for j, _ in enumerate(sampler):
+            if j % 4 == 3:
+                sampler.update(Report(step=j))
+    assert sampler.consumed == 2
+
+
+def test_update_world_size_times_per_batch_is_told() -> None:
+    sampler = build(delay=50)
+    with pytest.raises(ValueError, match=r"update is on batch 1, but only 1 batches were drawn.*once per batch"):
+        for j, _ in enumerate(sampler):
+            for _ in range(2):
+                sampler.update(Report(step=j))
+
+
 def test_a_fixed_policy_needs_no_delay() -> None:
     sampler = build(Uniform())
     batches = iter(sampler)
