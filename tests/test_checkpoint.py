@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import taskgrad as tg
+from tests.utils.ranks import on_two_ranks
 
 TASKS = ["a", "b"]
 TASK_OF_EXAMPLE = torch.arange(2).repeat_interleave(torch.tensor([90, 10]))
@@ -385,33 +387,22 @@ def test_killed_at_any_moment_the_file_is_the_old_or_the_new_one(tmp_path: Path)
     assert [file.name for file in tmp_path.iterdir()] == [path.name], "leftovers of killed processes stay"
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        loop = Loop()
-        loop.run(3)
-        tg.save_checkpoint(f"{folder}/shared", loop.tracker, loop.sampler, step=3)
-        tg.save_checkpoint(f"{folder}/of_rank_{rank}", loop.tracker, loop.sampler, step=3)
-        dist.barrier()
-        again = Loop(seed=1)
-        assert tg.load_checkpoint(f"{folder}/shared", again.tracker, again.sampler) == 3
-        assert again.state == loop.state
-    finally:
-        dist.destroy_process_group()
+def _save_and_load(folder: Path, rank: int) -> None:
+    loop = Loop()
+    loop.run(3)
+    tg.save_checkpoint(folder / "shared", loop.tracker, loop.sampler, step=3)
+    tg.save_checkpoint(folder / f"of_rank_{rank}", loop.tracker, loop.sampler, step=3)
+    dist.barrier()
+    again = Loop(seed=1)
+    assert tg.load_checkpoint(folder / "shared", again.tracker, again.sampler) == 3
+    assert again.state == loop.state
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 def test_rank_0_writes_and_every_rank_reads(tmp_path: Path) -> None:
-    context = torch.multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_rank, args=(rank, str(tmp_path))) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    assert sorted(f.name for f in tmp_path.iterdir() if f.name != "store") == ["of_rank_0", "shared"]
+    on_two_ranks(partial(_save_and_load, tmp_path))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["of_rank_0", "shared"]
 
 
 def test_the_json_parts_are_json(saved: tuple[Path, Loop]) -> None:

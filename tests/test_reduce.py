@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import taskgrad as tg
+from tests.utils.ranks import on_two_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -47,26 +46,13 @@ def _train(rank: int, world: int) -> dict[str, object]:
     return tracker.report().to_dict()
 
 
-def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        torch.save(_train(rank, 2), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def _train_on_two(rank: int) -> dict[str, object]:
+    return _train(rank, 2)
 
 
 @pytest.mark.slow
 def test_two_ranks_report_what_one_process_reports() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        context = torch.multiprocessing.get_context("spawn")
-        workers = [context.Process(target=_worker, args=(rank, folder)) for rank in range(2)]
-        for w in workers:
-            w.start()
-        for w in workers:
-            w.join(120)
-        assert [w.exitcode for w in workers] == [0, 0]
-        reports = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(2)]
+    reports = on_two_ranks(_train_on_two)
     assert reports[0] == reports[1]
     alone = copy.deepcopy(_train(0, 1))
     assert reports[0].keys() == alone.keys()

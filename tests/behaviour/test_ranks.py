@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import taskgrad as tg
+from tests.utils.ranks import on_two_ranks
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch without distributed"),
@@ -149,36 +146,13 @@ def train(rank: int, loop: str, view: bool) -> tuple[list[dict[str, Any]], list[
     return reports, sorted(tracker.coverage().unattributed)
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        found = {f"{loop}/{view}": train(rank, loop, view) for loop in LOOPS for view in (False, True)}
-        with open(f"{folder}/{rank}.json", "w") as file:
-            json.dump(found, file)
-    finally:
-        dist.destroy_process_group()
+def every_loop(rank: int) -> dict[str, Any]:
+    return {f"{loop}/{view}": train(rank, loop, view) for loop in LOOPS for view in (False, True)}
 
 
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        context = torch.multiprocessing.get_context("spawn")
-        workers = [context.Process(target=worker, args=(rank, folder)) for rank in range(2)]
-        for w in workers:
-            w.start()
-        for w in workers:
-            w.join(240)
-        codes = [w.exitcode for w in workers]
-        for w in workers:
-            w.kill()
-        assert codes == [0, 0]
-        results = []
-        for rank in range(2):
-            with open(os.path.join(folder, f"{rank}.json")) as file:
-                results.append(json.load(file))
-    return results
+    return on_two_ranks(every_loop)
 
 
 @pytest.mark.parametrize("view", [False, True], ids=["buckets", "views"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from itertools import islice
@@ -13,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -24,6 +21,7 @@ import taskgrad as tg
 from taskgrad.sampling import AdaptiveBatchSampler, AdaptiveSampler
 from taskgrad.sampling.policies import Policy, PolicyState, Proportional
 from tests.sampling.helpers import NAMES, TASK_OF_EXAMPLE, Report
+from tests.utils.ranks import on_two_ranks
 
 SLOW = pytest.mark.slow
 
@@ -318,18 +316,8 @@ def told(rank: int) -> list[str]:
     return said
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    out: dict[str, Any] = {"told": told(rank)}
-    try:
-        for case in (*RIGHT, *WRONG):
-            out[case.__name__] = _outcome(case, rank)
-        with open(f"{folder}/{rank}.json", "w") as file:
-            json.dump(out, file)
-    finally:
-        dist.destroy_process_group()
+def every_case(rank: int) -> dict[str, Any]:
+    return {"told": told(rank), **{case.__name__: _outcome(case, rank) for case in (*RIGHT, *WRONG)}}
 
 
 def _outcome(case: Callable[[int], Any], rank: int) -> Any:
@@ -347,22 +335,7 @@ def _outcome(case: Callable[[int], Any], rank: int) -> Any:
 
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        context = torch.multiprocessing.get_context("spawn")
-        workers = [context.Process(target=worker, args=(rank, folder)) for rank in range(2)]
-        for w in workers:
-            w.start()
-        for w in workers:
-            w.join(240)
-        codes = [w.exitcode for w in workers]
-        for w in workers:
-            w.kill()
-        assert codes == [0, 0]
-        results = []
-        for rank in range(2):
-            with open(os.path.join(folder, f"{rank}.json")) as file:
-                results.append(json.load(file))
-    return results
+    return on_two_ranks(every_case)
 
 
 @SLOW
