@@ -49,7 +49,7 @@ class Batch:
             self.entered = torch.cat([self.mass[:-1] * loss_weight.to(self.mass.device), self.mass[-1:]])
         self.task_losses: Tensor | None = None
         self.graded = True  # entered with gradients on
-        self.advance = advance
+        self.advance = advance  # and not counted yet
         self._weight, self._enter, self._leave, self._ran = weight, enter, leave, ran
 
     def backward(self) -> None:

@@ -131,11 +131,12 @@ class Listener(Protocol):
         """The training loop is through with a batch; int64 [T], its rows by task, where every row is an example of one
         and they are on the CPU."""
 
-    def closed(self, delivery: Delivery, lr: Callable[[], float | None]) -> None:
-        """A step has closed, in order; ``lr`` is what its optimizer stepped with."""
+    def closed(self, delivery: Delivery, lr: Callable[[], float | None], inside: bool) -> None:
+        """A step has closed, in order; ``lr`` is what its optimizer stepped with; ``inside`` a batch that is still to
+        be counted."""
 
-    def lost(self) -> None:
-        """Nothing more will come."""
+    def lost(self, replaced: bool) -> None:
+        """Nothing more will come: the tracker was removed, or another listener took the place."""
 
 
 class Mailbox:

@@ -146,8 +146,11 @@ class TaskGradTracker:
             return Rows(ids, len(self.tasks), self._probes.device, weight, total)
 
     def _ran(self, batch: Batch) -> None:
-        """A backward pass ran through the batch, maybe one that had been given up."""
+        """A backward pass ran through the batch, maybe one that had been given up, or looked like an evaluation
+        (reentrant checkpointing of the whole model)."""
         batch.task_rows.backward = self._probes.accumulation.arrive()
+        if batch is not self._batches.active:
+            self._count(batch)
         if all(b is not batch for b in self._batches.pending):
             self._batches.pending.append(batch)
 
@@ -185,7 +188,12 @@ class TaskGradTracker:
                 stacklevel=4,
             )
         evaluation = not batch.graded or (self._without_gradients and not self._with_gradients)
-        if self._listener is not None and batch.advance and (failed or not evaluation):
+        if failed or not evaluation or batch.task_rows.backward:
+            self._count(batch)
+
+    def _count(self, batch: Batch) -> None:
+        if self._listener is not None and batch.advance:
+            batch.advance = False
             self._listener.counted(batch.task_rows.counts)
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -195,19 +203,25 @@ class TaskGradTracker:
         else:
             self._without_gradients = True
 
-    def subscribe(self, listener: Listener | None) -> None:
+    def subscribe(self, listener: Listener) -> None:
         """Tell ``listener`` of every batch that is left and every step that closes, in the place of the one before
         (``AdaptiveBatchSampler.follow`` calls this)."""
         if self._removed:
             raise RuntimeError("this tracker was removed from the model; track() again")
-        if self._listener is not None:
-            self._listener.lost()
-        self._listener = listener
-        self._steps.on_close = None if listener is None else self._closed
+        before, self._listener = self._listener, listener
+        if before is not None:
+            before.lost(replaced=True)
+        self._steps.on_close = self._closed
+
+    def unsubscribe(self, listener: Listener) -> None:
+        """Tell ``listener`` no more."""
+        if self._listener is listener:
+            self._listener = None
 
     def _closed(self, delivery: Delivery) -> None:
         if self._listener is not None:
-            self._listener.closed(delivery, self._lr())
+            active = self._batches.active
+            self._listener.closed(delivery, self._lr(), active is not None and active.advance)
 
     def _lr(self) -> Callable[[], float | None]:
         """The learning rate that the step was taken with; on a GPU it is read when it is needed."""
@@ -304,9 +318,10 @@ class TaskGradTracker:
 
     def remove(self) -> None:
         """Take every hook and patch off the model and the optimizers. The tracker keeps its last report."""
-        if not self._removed:
-            self.subscribe(None)
         self._removed = True
+        if self._listener is not None:
+            self._listener.lost(replaced=False)
+            self._listener = None
         self._probes.remove()
         if self._hooks is not None:
             self._hooks.remove()

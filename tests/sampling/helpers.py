@@ -74,7 +74,7 @@ def trained(batches: Any, sampler: Any, count: int | None = None) -> Iterator[li
     """Go through ``batches`` with an update after each, ``count`` of them at most; every fourth report is invalid."""
     for batch in islice(iter(batches), count):
         indices = [int(i) for i in batch]
-        done = sampler.consumed if sampler.state_dict()["counting"] else 0
+        done = sampler.consumed if sampler._stream.counting else 0
         value = sum(indices)
         sampler.update(Report(step=done + 1, valid=value % 4 > 0, value=float(value)))
         yield indices

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import queue
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -14,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, IterableDataset
 
 import taskgrad as tg
 from taskgrad.sampling import AdaptiveBatchSampler
@@ -255,11 +259,11 @@ def test_loader_batches_without_one_are_counted_by_advance() -> None:
 
 def test_an_epoch_that_was_not_counted_whole_is_told() -> None:
     loop = Loop(delay=20)
-    with pytest.warns(UserWarning, match="tasks of 3 of the last"):
+    with pytest.warns(UserWarning, match="tasks of 3 batches"):
         for k, batch in enumerate(loop.batches()):
             if k % 2:
                 loop.step(batch)
-    with pytest.warns(UserWarning, match=r"run through, but only 10 of its 20 batches were counted.*advance"):
+    with pytest.warns(UserWarning, match=r"run through, but 10 of its batches were not counted.*advance"):
         next(iter(loop.sampler))
 
 
@@ -327,8 +331,8 @@ class Slow:
         return self._delivery.report
 
 
-def _slowly(closed: Any, chance: np.random.Generator, waited: list[int], delivery: Any, lr: Any) -> None:
-    closed(Slow(delivery, chance, waited), lr)
+def _slowly(closed: Any, chance: np.random.Generator, waited: list[int], delivery: Any, *rest: Any) -> None:
+    closed(Slow(delivery, chance, waited), *rest)
 
 
 def test_what_is_handed_over_late_by_the_device_changes_nothing() -> None:
@@ -435,13 +439,12 @@ def test_following_twice_another_tracker_and_none() -> None:
 def test_a_tracker_tells_one_sampler() -> None:
     loop = Loop()
     second = AdaptiveBatchSampler(TASK_OF_EXAMPLE, 16, Seen(), num_batches=20, delay=0)
-    second.follow(loop.tracker)
+    with pytest.warns(UserWarning, match="another sampler follows this sampler's tracker now"):
+        second.follow(loop.tracker)
     for rows in second:
         loop.step((loop.x[rows], torch.from_numpy(TASK_OF_EXAMPLE[rows])))
     assert second.consumed == 20 and loop.sampler.consumed == 0
-    next(iter(loop.sampler))
-    loop.sampler.update(None)  # nobody counts for it any more
-    assert loop.sampler.consumed == 1
+    assert len(list(loop.sampler)) == loop.sampler.consumed == 20  # what is drawn, from now on
 
 
 def test_a_removed_tracker_tells_nothing_and_can_be_replaced() -> None:
@@ -461,7 +464,7 @@ def test_batches_that_are_not_those_counted_are_told() -> None:
     loop = Loop(policy=Restless(), delay=4)
     batches = loop.batches()
     next(batches)
-    with pytest.warns(UserWarning, match=r"tasks of 3 of the last \d+ batches trained on are not those.*advance"):
+    with pytest.warns(UserWarning, match="tasks of 3 batches trained on are not those.*advance"):
         for batch in batches:
             loop.step(batch)
     quiet = Loop(policy=Restless())
@@ -532,3 +535,242 @@ def test_a_loader_may_draw_in_a_thread_of_its_own() -> None:
     thread.join()
     assert found == rows and loop.sampler.consumed == 100
     assert loop.sampler.ledger.digest() == straight.sampler.ledger.digest() and len(loop.sampler.ledger) > 20
+
+
+def drawn(loop: Loop, train: Callable[[Loop, Batch], None] | None = None) -> list[float]:
+    """One iteration, trained on; a number for every batch."""
+    out = []
+    for batch in loop.batches():
+        out.append(float(batch[0].sum()))
+        (Loop.step if train is None else train)(loop, batch)
+    return out
+
+
+def straight_epochs(count: int, **options: Any) -> list[list[float]]:
+    loop = Loop(policy=Restless(), **{"delay": 4, **options})
+    return [drawn(loop) for _ in range(count)]
+
+
+def test_the_stream_goes_on_where_the_tracker_is_removed() -> None:
+    loop = Loop(policy=Restless(), delay=4)
+    first = drawn(loop)
+    loop.tracker.remove()
+    others = [drawn(loop, lambda loop, batch: loop.loss(batch[0]).backward()) for _ in range(2)]
+    assert len({tuple(rows) for rows in (first, *others)}) == 3
+    assert loop.sampler.consumed == 60
+
+
+def test_a_follow_that_fails_changes_nothing() -> None:
+    loop, other = Loop(), Loop(follow=False)
+    other.tracker.remove()
+    with pytest.raises(RuntimeError, match="was removed"):
+        loop.sampler.follow(other.tracker)
+    drawn(loop)
+    assert loop.sampler.consumed == 20 == len(loop.policy.reports)
+
+
+def test_a_loaded_or_copied_sampler_that_nobody_counts_for_goes_on_and_is_told() -> None:
+    rows = straight_epochs(1)
+    loop = Loop(policy=Restless(), delay=4)
+    assert drawn(loop) == rows[0]
+    loaded, copied = (Loop(policy=Restless(), delay=4, follow=False) for _ in range(2))
+    loaded.sampler.load_state_dict(loop.sampler.state_dict())
+    copied.sampler = copy.deepcopy(loop.sampler)
+    for other in (loaded, copied):
+        first = drawn(other)
+        with pytest.warns(UserWarning, match=r"nobody counted its batches.*follow\(tracker\), also after loading"):
+            second = drawn(other)
+        assert first != second and other.sampler.consumed == 60
+
+
+def test_a_tracker_of_another_model_is_told_in_the_third_epoch() -> None:
+    loop, other = Loop(follow=False), Loop(follow=False)
+    loop.sampler.follow(other.tracker)
+    assert drawn(loop) == drawn(loop)
+    with pytest.warns(UserWarning, match="none of their batches counted.*not that of the model that trains"):
+        drawn(loop)
+
+
+def test_looking_at_everything_is_no_reason_to_warn() -> None:
+    """Statistics before training, evaluation on the training loader after every epoch, a look in mid-epoch."""
+    straight = straight_epochs(3, delay=30)
+    loop = Loop(policy=Restless(), delay=30)
+    list(loop.sampler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for epoch in range(3):
+            rows = []
+            for k, batch in enumerate(loop.batches()):
+                rows.append(float(batch[0].sum()))
+                loop.step(batch)
+                if k == 7 and epoch == 1:
+                    list(loop.sampler)
+            assert rows == straight[epoch] and loop.sampler.epoch == epoch
+            for batch in loop.batches():
+                evaluated_around(loop, batch)
+    assert loop.sampler.consumed == 60
+
+
+def reentrant(loop: Loop, batch: Batch) -> None:
+    x = batch[0].clone().requires_grad_()
+    with loop.tracker.batch(batch[1]):
+        loss = checkpoint(loop.model, x, use_reentrant=True).square().mean()
+    loss.backward()
+    loop.optimizer.step()
+    loop.optimizer.zero_grad()
+
+
+def gradients_on_inside(loop: Loop, batch: Batch) -> None:
+    with torch.no_grad(), loop.tracker.batch(batch[1]), torch.enable_grad():
+        loop.loss(batch[0]).backward()
+    loop.optimizer.step()
+    loop.optimizer.zero_grad()
+
+
+def stepped_inside(loop: Loop, batch: Batch) -> None:
+    with loop.tracker.batch(batch[1]):
+        loop.loss(batch[0]).backward()
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("train", [reentrant, gradients_on_inside, stepped_inside])
+def test_batches_that_train_in_other_ways_count_and_their_reports_are_on_them(
+    train: Callable[[Loop, Batch], None],
+) -> None:
+    loop = Loop()
+    drawn(loop, train)
+    assert loop.sampler.consumed == 20
+    assert [(r.step, s.step) for r, s in zip(loop.policy.reports, loop.policy.states, strict=True)] == [
+        (k + 1, k) for k in range(20)
+    ]
+
+
+def test_an_epoch_run_again_does_not_decide_again() -> None:
+    loop = Loop(delay=4)
+    drawn(loop)
+    loop.sampler.rewind(0)
+    drawn(loop)
+    drawn(loop)
+    assert [state.step for state in loop.policy.states] == list(range(40))
+
+
+def test_iterations_that_somebody_keeps() -> None:
+    """Left early and kept alive, in a list or by a name that is bound again."""
+    kept, loop = [], Loop(policy=Restless(), delay=4)
+    for _ in range(3):
+        iteration = iter(loop.sampler)
+        kept.append(iteration)
+        for rows in itertools.islice(iteration, 9):
+            loop.step((loop.x[rows], torch.from_numpy(TASK_OF_EXAMPLE[rows])))
+    assert loop.sampler.epoch == 2 and loop.sampler.state_dict()["epoch"] == [2, 18, 38]
+    resumed = Loop(policy=Restless(), delay=4)
+    resumed.sampler.load_state_dict(loop.sampler.state_dict())
+    assert len(list(resumed.sampler)) == 11
+    loop.sampler.rewind(2)
+
+
+def test_what_the_loop_holds_is_not_kept_alive() -> None:
+    loop = Loop()
+    activations = torch.zeros(1000)
+    gone = weakref.ref(activations)
+    batches = iter(DataLoader(range(len(TASK_OF_EXAMPLE)), batch_sampler=loop.sampler))  # type: ignore[arg-type]
+    next(batches)
+    del activations
+    assert gone() is None
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_what_runs_ahead_over_the_end_of_an_epoch(ahead: int) -> None:
+    straight = Loop(policy=Restless(), delay=12)
+    rows = [row for _ in range(3) for row in drawn(straight)]
+    loop = Loop(policy=Restless(), delay=12)
+    endless = itertools.chain.from_iterable(loop.batches() for _ in itertools.count())
+    waiting = [next(endless) for _ in range(ahead)]
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        while len(found) < 60:
+            waiting.append(next(endless))
+            batch = waiting.pop(0)
+            found.append(float(batch[0].sum()))
+            loop.step(batch)
+    assert found == rows and loop.sampler.consumed == 60
+    assert loop.sampler.ledger.digest() == straight.sampler.ledger.digest()
+
+
+def test_counting_once_too_often_is_told_whenever_it_happens() -> None:
+    loop = Loop(policy=Restless(), delay=8, num_batches=200)
+    loader = DataLoader(range(len(TASK_OF_EXAMPLE)), batch_sampler=loop.sampler, num_workers=1)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match=r"counted twice \(tried again after an error\)"):
+        for k, rows in enumerate(loader):
+            loop.step((loop.x[rows], torch.from_numpy(TASK_OF_EXAMPLE[rows])))
+            if k == 40:
+                with loop.tracker.batch(torch.zeros(16, dtype=torch.int64)):
+                    pass
+            if k == 120:
+                break
+
+
+def test_a_loop_that_skips_by_itself_needs_replay() -> None:
+    data_loader = pytest.importorskip("accelerate.data_loader")
+    state = resumed_at(13).sampler.state_dict()
+    seeking = Loop(policy=Restless(), delay=4)
+    seeking.sampler.load_state_dict(state)
+    loader = DataLoader(range(len(TASK_OF_EXAMPLE)), batch_sampler=seeking.sampler)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r'about to skip 13 batches.*resume="replay".*ignore_data_skip'):
+        next(iter(data_loader.skip_first_batches(loader, 13)))
+    replaying = Loop(policy=Restless(), delay=4, resume="replay")
+    replaying.sampler.load_state_dict(state)
+    loader = DataLoader(range(len(TASK_OF_EXAMPLE)), batch_sampler=replaying.sampler)  # type: ignore[arg-type]
+    assert len(list(data_loader.skip_first_batches(loader, 13))) == 7
+    forgotten = Loop(policy=Restless(), delay=4, resume="replay")
+    forgotten.sampler.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r'trained on batch 0 where batch 13 was due.*resume="seek"'):
+        forgotten.step(next(forgotten.batches()))
+
+
+def resumed_at(batches: int) -> Loop:
+    loop = Loop(policy=Restless(), delay=4)
+    for batch in itertools.islice(loop.batches(), batches):
+        loop.step(batch)
+    return loop
+
+
+def test_loaders_that_cannot_be_counted_are_refused() -> None:
+    loop = Loop()
+    data: Any = range(len(TASK_OF_EXAMPLE))
+    unordered = DataLoader(data, batch_sampler=loop.sampler, num_workers=2, in_order=False)
+    with pytest.raises(RuntimeError, match=r"in_order=False hands batches out in another order.*in_order=True"):
+        next(iter(unordered))
+    single = tg.AdaptiveSampler(TASK_OF_EXAMPLE, 16, Restless())
+    for size in (8, 32):
+        with pytest.raises(ValueError, match=f"makes batches of {size} examples, the sampler of 16"):
+            next(iter(DataLoader(data, sampler=single, batch_size=size)))
+    assert len(next(iter(DataLoader(data, sampler=single, batch_size=16)))) == 16
+    inside = DataLoader(FromASampler(AdaptiveBatchSampler(TASK_OF_EXAMPLE, 16)), batch_size=None, num_workers=2)
+    with pytest.raises(RuntimeError, match="drawn from in a worker process"):
+        next(iter(inside))
+
+
+class FromASampler(IterableDataset[list[int]]):
+    """Draws in the workers, each from a copy."""
+
+    def __init__(self, sampler: AdaptiveBatchSampler) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.sampler)
+
+
+def test_a_state_of_what_was_only_drawn_is_told() -> None:
+    loop = Loop(follow=False)
+    batches = iter(DataLoader(range(len(TASK_OF_EXAMPLE)), batch_sampler=loop.sampler, num_workers=2))  # type: ignore[arg-type]
+    next(batches)
+    with pytest.warns(UserWarning, match=r"what a loader with 2 workers has drawn, 5 batches.*follow\(tracker\)"):
+        loop.sampler.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop.sampler.state_dict(consumed=1)
+        loop.sampler.follow(loop.tracker)
+        loop.sampler.state_dict()

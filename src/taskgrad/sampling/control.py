@@ -141,7 +141,7 @@ class Control:
         effective = max([due, *(decision.effective_at for decision in self._waiting)])  # after what moved before
         if effective < drawn and self.agreement is None:
             effective = self._slot(drawn)
-            stream.late(batch, due, effective)
+            _tell_late(stream, batch, due, effective)
         self._ask(report, batch, lr, effective, due)
 
     def decide_by_hand(self, report: Any, batch: int, lr: float | None, stream: Stream) -> None:
@@ -235,7 +235,7 @@ class Control:
         if agreed.drawn > effective:
             effective = self._slot(agreed.drawn)
         if effective > due:
-            stream.late(slot - 1 - delay, due, effective)
+            _tell_late(stream, slot - 1 - delay, due, effective)
             cause = f"{cause}, late: due at {due}"
         self._enter(effective, agreed.weights, cause, bound, decision.why)
 
@@ -376,3 +376,7 @@ class Control:
             memory=self.memory,
             evaluations=self.evaluations,
         )
+
+
+def _tell_late(stream: Stream, batch: int, due: int, entered: int) -> None:
+    stream.told.say("late", batch=batch, due=due, drawn=stream.drawn, entered=entered, delay=stream.drawn - batch - 1)

@@ -51,8 +51,7 @@ class Following:
         """The training loop is through with a batch that has so many rows of each task, [T], where that is known."""
         stream = self._stream
         with stream.lock:
-            if stream.consumed >= stream.drawn:
-                stream.overcounted()
+            if not stream.countable:
                 return
             if examples is not None and stream.compares:
                 drawn = np.bincount(self._task_ids(stream.consumed), minlength=len(examples))
@@ -60,12 +59,15 @@ class Following:
                     stream.compare(np.array_equal(drawn, examples))
             stream.count(stream.consumed)
 
-    def closed(self, delivery: Delivery, lr: Callable[[], float | None]) -> None:
-        """A step has closed."""
+    def closed(self, delivery: Delivery, lr: Callable[[], float | None], inside: bool) -> None:
+        """A step has closed: on the batch counted last, or ``inside`` the one that will be counted next."""
         stream = self._stream
         with stream.lock:
-            if self._control.adaptive and stream.fresh and stream.consumed > self._control.ledger.start:
-                self._queue.append(_Closed(delivery, stream.consumed - 1, stream.drawn, lr))
+            inside = inside and stream.consumed < stream.drawn
+            batch = stream.consumed - 1 + inside
+            fresh = batch >= stream.most if inside else stream.fresh
+            if self._control.adaptive and fresh:
+                self._queue.append(_Closed(delivery, batch, stream.drawn, lr))
                 self.hand_over()
             self._control.settle(stream, self.hand_over)
 
@@ -98,6 +100,9 @@ class Following:
         """A state was loaded: reports of before are not of its run."""
         self._queue.clear()
 
-    def lost(self) -> None:
-        """The tracker was removed, or another sampler follows it."""
+    def lost(self, replaced: bool) -> None:
+        """The tracker was removed, or another sampler follows it instead (``replaced``)."""
         self.tracker = None
+        self._stream.stop_counting()
+        if replaced:
+            self._stream.told.say("replaced")

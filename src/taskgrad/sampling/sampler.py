@@ -18,6 +18,7 @@ from . import loaders
 from .agreement import Agreement, world
 from .arrays import FloatArray, IntArray
 from .control import Control, Realised
+from .drawing import Drawing, Examples
 from .follow import Following
 from .inputs import count_of, group_by_task, known, per_task
 from .ledger import Ledger
@@ -27,7 +28,7 @@ from .quota import from_units
 from .settings import Settings
 from .shares import TaskShares
 from .state import check, seal
-from .stream import Drawing, Examples, Stream
+from .stream import Stream
 from .task_index import TaskIndex
 
 _Item = TypeVar("_Item")
@@ -266,9 +267,9 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         if shards > 1:
             raise RuntimeError(
                 f"Accelerate is about to spread the batches of this sampler over {shards} processes, each of which "
-                "would count a few of them only: use taskgrad.integrations.accelerate.prepare(accelerator, tracker, "
-                "sampler, loader) in the place of accelerator.prepare(loader), or build the sampler with num_replicas "
-                "and rank and leave its loader out of prepare()"
+                "would count a few of them only: build the sampler with num_replicas and rank and leave its loader out "
+                "of accelerator.prepare(), or use taskgrad.integrations.accelerate.prepare(accelerator, tracker, "
+                "sampler, loader) in its place"
             )
         ranks = world()
         if ranks > 1 and not self._sharded and not self._warned:
@@ -301,7 +302,9 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         evaluation (gradients off, when it was entered or in every forward of the model inside it) or entered with
         ``advance=False``: for further ones on the same batch of the loader (GANs, SAM, contrastive pairs). Loader
         batches without one are counted by ``advance``. Every report reaches the policy, in order, with the optimizer's
-        learning rate. What was drawn before counts as looked at only, but for epochs that were run through.
+        learning rate. What was drawn before counts as looked at only, but for epochs that were run through. A batch
+        that raised is counted: enter it with ``advance=False`` when it is tried again. Where the tracker is removed,
+        what is drawn is taken for trained on from then on.
 
         A change that comes after its batch was drawn enters later, is marked so in the ledger, and warned of once.
 
@@ -309,17 +312,18 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
             TypeError: not a tracker.
             ValueError: a tracker of other tasks.
         """
-        subscribe = getattr(tracker, "subscribe", None)
-        if subscribe is None:
+        if not hasattr(tracker, "subscribe"):
             raise TypeError(f"tracker must be what taskgrad.track returned, got {type(tracker).__name__}")
-        if self._following.tracker is tracker:
+        before = self._following.tracker
+        if before is tracker:
             return
         self._adopt(tuple(tracker.tasks), "tracker")
-        if self._following.tracker is not None:
-            self._following.tracker.subscribe(None)
-        subscribe(self._following)
+        tracker.subscribe(self._following)
+        if before is not None:
+            before.unsubscribe(self._following)
         self._following.tracker = tracker
         self._stream.start_counting(by_hand=False)
+        self._stream.followed = True
         self._join_ranks(tracker.process_group)
 
     def advance(self, batches: int = 1) -> None:
@@ -437,6 +441,8 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
             at = self.consumed if consumed is None else count_of("consumed", consumed, self.ledger.start)
             if at > self._stream.drawn:
                 raise ValueError(f"consumed is {at}, but only {self._stream.drawn} batches were drawn")
+            if consumed is None:
+                self._stream.tell_of_drawn()
             return seal(
                 {
                     "settings": self._settings.to_dict(),
@@ -477,6 +483,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         tracker = self._following.tracker
         if tracker is not None:
             self._stream.start_counting(by_hand=False)
+            self._stream.followed = True
         if self._stream.counting:
             self._join_ranks(None if tracker is None else tracker.process_group)
 
@@ -573,8 +580,8 @@ class AdaptiveBatchSampler(_Adaptive[list[int]]):
         dataset: only its length is read, to check ``task_of_example`` against it.
         num_batches: batches in an epoch, by default ceil(examples / (batch_size * num_replicas)). Every batch is full.
         num_replicas, rank: as of a ``DistributedSampler``, but never read from a process group: of every global batch
-            this sampler draws the part of ``rank``. Parts are disjoint, together the global batch, and over the run
-            hold as many rows of a task as the others', to within 2 + T / 2.
+            this sampler draws the part of ``rank``: rows of it that no other rank gets, together all of them, and
+            over the run about as many of every task as the others' (see ``sampling.replicas``).
         update_every: weights change only at batches that are multiples of it.
         delay: batches between a report and its effect, at least: as many as the loader may draw ahead
             (``num_workers * prefetch_factor``; Accelerate one more, and times the processes). 64 by default; in a run
@@ -610,7 +617,7 @@ class AdaptiveSampler(_Adaptive[int]):
     """
 
     def __iter__(self) -> Iterator[int]:
-        return Examples(self._drawing())
+        return Examples(self._drawing(), self.batch_size)
 
     def __len__(self) -> int:
         return self._settings.length * self.batch_size

@@ -12,16 +12,29 @@ An iteration goes from the first batch not consumed through as many as an epoch 
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from threading import RLock
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import loaders
 from .epochs import Epochs
+from .told import Told
 
-_COMPARES, _UNLIKE = 16, 3
+if TYPE_CHECKING:
+    from .drawing import Drawing
+
+_FIRST, _EVERY, _UNLIKE = 16, 8, 3  # batches of an iteration that are compared, and how many may differ
+_UNCOUNTED = 2
+
+
+class _Left(NamedTuple):
+    """An iteration: it ``began`` at a batch, has ``reached`` another, and goes on to ``stop``."""
+
+    began: int
+    reached: int
+    stop: int
+    workers: int
 
 
 class Stream:
@@ -35,17 +48,18 @@ class Stream:
         self.counting = False
         self.drawn = start
         self.most = start  # batches ever consumed: more than are consumed now where an epoch is run through again
+        self.fresh = False  # whether the batch counted last was never counted before
+        self.followed = False  # whether a tracker counts
         self._consumed = self._yielded = self._finished = self._base = start
         self._epoch, self._start, self._stop = first_epoch, start, start + length
         self._resumed = False  # nothing was consumed since a load in the middle of an epoch
-        self._drawings: list[weakref.ref[Drawing]] = []
-        self._last: weakref.ref[Drawing] | None = None
+        self._drawings: list[weakref.ref[Drawing]] = []  # the one that drew last comes last
         self.jumps = 0  # how often the position was set from outside
-        self._left: tuple[int, int, int, int] | None = None
+        self._left: _Left | None = None
         self._first_ahead: int | None = None  # batches that the loader draws ahead, as seen at the first count
-        self.compares = 0
-        self._unlike = 0
-        self._said: set[str] = set()
+        self._uncounted = 0  # iterations in a row that were run through and of which nothing was counted
+        self._compares = self._unlike = 0
+        self.told = Told()
 
     @property
     def consumed(self) -> int:
@@ -68,8 +82,7 @@ class Stream:
         at = self.consumed
         alive = [drawing for ref in self._drawings if (drawing := ref()) is not None]
         self._drawings = [weakref.ref(drawing) for drawing in alive]
-        # the oldest that is still there: a second iteration beside it only looks
-        for drawing in alive:
+        for drawing in reversed(alive):
             if drawing.start <= at < drawing.stop:
                 if (drawing.start, drawing.stop) != (self._start, self._stop):
                     self._epoch, self._start, self._stop = drawing.epoch, drawing.start, drawing.stop
@@ -94,15 +107,16 @@ class Stream:
         """The position was set from outside: iterations that are under way are not of it."""
         self.jumps += 1
         self._drawings.clear()
-        self._last = self._left = None
+        self._left = None
+        self.fresh = False
 
     # -- what loaders draw --------------------------------------------------------------------------------------------
 
     def begin(self, drawing: Drawing) -> int:
         """An iteration asks for its first batch: which one that is."""
+        self._check(drawing.asking)
+        at = self._look_back()
         epoch, start, stop = self.span()
-        at = self.consumed
-        self._look_back(at, start)
         self._base = at
         if self._resumed:
             drawing.epoch, drawing.start, drawing.stop = epoch, start, stop
@@ -110,6 +124,23 @@ class Stream:
             drawing.epoch, drawing.start, drawing.stop = epoch + (at > start), at, at + self.length
         self._enter(drawing)
         return start if self._resumed and self.replay else at
+
+    def _check(self, asking: loaders.Asking) -> None:
+        if loaders.in_worker():
+            raise RuntimeError(
+                "the sampler is drawn from in a worker process of a DataLoader, where every worker has a copy that "
+                "draws the same: pass it to the DataLoader as batch_sampler"
+            )
+        if self.counting and not asking.in_order:
+            raise RuntimeError(
+                "in_order=False hands batches out in another order than they were drawn in, so that nobody can say "
+                "which ones were trained on: build the DataLoader with in_order=True"
+            )
+        if self._resumed and asking.skips and not self.replay:
+            raise RuntimeError(
+                f"the loader is about to skip {asking.skips} batches of the epoch, and the sampler has gone on behind "
+                'them already: build it with resume="replay", or do not skip (transformers: ignore_data_skip=True)'
+            )
 
     def resume(self, drawing: Drawing, at: int) -> int:
         """An iteration goes on where its own saved state says, ``at``, or, if they are counted, at the first batch not
@@ -129,10 +160,9 @@ class Stream:
         return at
 
     def _enter(self, drawing: Drawing) -> None:
-        self.compares, self._unlike = _COMPARES, 0
-        drawing.jumps = self.jumps
+        self._compares = self._unlike = 0
+        drawing.began, drawing.jumps = self._base, self.jumps
         self._drawings.append(weakref.ref(drawing))
-        self._last = weakref.ref(drawing)
         self._left = None
         self.span()
 
@@ -144,30 +174,38 @@ class Stream:
             self._resumed = self._resumed and self.counting
         if batch + 1 == drawing.stop:
             self._finished = max(self._finished, drawing.stop)
-        if self._last is not None and self._last() is drawing:
-            self._left = (drawing.start, batch + 1, drawing.stop, drawing.workers)
+        drew = weakref.ref(drawing)
+        if self._drawings and self._drawings[-1] != drew:  # a second one beside it looked at the data
+            self._drawings = [*(ref for ref in self._drawings if ref != drew), drew]
+            self.span()
+        self._left = _Left(drawing.began, batch + 1, drawing.stop, drawing.asking.workers)
 
-    def _look_back(self, at: int, start: int) -> None:
-        """Tell what the iteration before this one left behind, if nobody counts it."""
-        if self._left is None:
-            return
-        began, reached, stop, workers = self._left
+    def _look_back(self) -> int:
+        """Where the next iteration begins, by what the one before it left behind; tells what nobody counts."""
+        stop, left, at = self.span()[2], self._left, self.consumed
+        if left is None or (self.counting and at >= stop):
+            return at
         if not self.counting:
-            there = self._last is not None and self._last() is not None
-            if reached < stop and workers and not there:
-                self._say(
-                    "left",
-                    f"the last iteration was left at batch {reached - began} of {stop - began}, and what its "
-                    f"{workers} workers had drawn ahead is skipped: call sampler.follow(tracker) (or update() after "
-                    "each batch) before training, and every batch is trained on",
-                )
-        elif reached == stop and start < at < stop:
-            self._say(
-                "uncounted",
-                f"the last epoch was run through, but only {at - start} of its {stop - start} batches were counted, so "
-                "the others come again: every batch of the loader needs a tracker.batch() (or update()); for those "
-                "without one there is sampler.advance(n)",
-            )
+            if left.reached < left.stop and left.workers and not self._drawings:
+                self.told.say("left", workers=left.workers)
+            return at
+        if left.reached < left.stop:
+            return at
+        open_batches = left.stop - at
+        if at > left.began:
+            if open_batches <= (self._first_ahead or 0):
+                return left.stop  # they are on their way, through something that runs ahead of the loop
+            self.told.say("uncounted", batches=open_batches)
+            return at
+        self._uncounted += 1
+        if not self.followed and (self._first_ahead is None or self._uncounted == _UNCOUNTED):
+            self.stop_counting()
+            self._consumed = self._yielded = left.stop
+            self.told.say("nobody")
+            return left.stop
+        if self.followed and self._uncounted == _UNCOUNTED:
+            self.told.say("nothing")
+        return at
 
     # -- what was trained on ------------------------------------------------------------------------------------------
 
@@ -178,32 +216,47 @@ class Stream:
             self.counting = True
             self._consumed = self._base if by_hand else self._finished
 
+    def stop_counting(self) -> None:
+        """Nobody counts any more: what is drawn from now on is taken for consumed."""
+        if self.counting:
+            self._yielded = self._finished = self._base = self._consumed
+            self.counting = self.followed = False
+
+    @property
+    def countable(self) -> bool:
+        """Whether there is a batch to count; tells where there is none."""
+        due = self.consumed
+        if self._resumed and self.replay and self._left is not None and self._left.reached <= due:
+            self.told.say("replay", trained=self._left.reached - 1, due=due)
+            return due < self.drawn
+        if due >= self.drawn:
+            self.told.say("beyond", drawn=self.drawn)
+        return due < self.drawn
+
     def count(self, batch: int) -> None:
         """All batches up to ``batch`` were trained on."""
         if self._first_ahead is None:
             self._first_ahead = self.drawn - batch - 1
+        self.fresh = batch >= self.most
         self._consumed = batch + 1
         self._resumed = False
+        self._uncounted = 0
         self.most = max(self.most, batch + 1)
-
-    def compare(self, alike: bool) -> None:
-        """Whether the rows trained on have the tasks of the batch that is counted: looked at where an iteration begins,
-        since that is where loops and loaders part."""
-        self.compares -= 1
-        self._unlike += not alike
-        if self._unlike == _UNLIKE:
-            self._say(
-                "unlike",
-                f"the tasks of {_UNLIKE} of the last {_COMPARES - self.compares} batches trained on are not those of "
-                "the batches counted: a batch of the loader was taken and not trained on (iter() of a DataLoader with "
-                "persistent_workers restarts a loop that is under way), or tasks or rows were changed on the way. "
-                "Count what was taken with sampler.advance(n), and pass the ids that the sampler was built with",
-            )
+        if self._consumed >= self._stop:
+            self.span()  # the iteration that this leads into may be over when somebody asks
 
     @property
-    def fresh(self) -> bool:
-        """Whether the batch counted last was never counted before."""
-        return self._consumed == self.most
+    def compares(self) -> bool:
+        """Whether the rows trained on are to be compared with those of the batch that is counted: where an iteration
+        begins, since that is where loops and loaders part, and now and then."""
+        self._compares += 1
+        return self._compares <= _FIRST or self._compares % _EVERY == 0
+
+    def compare(self, alike: bool) -> None:
+        """Whether they have the same tasks."""
+        self._unlike += not alike
+        if self._unlike == _UNLIKE:
+            self.told.say("unlike", batches=_UNLIKE)
 
     def why_ahead(self, batch: int) -> str:
         """What to do where a report on ``batch`` is handed in too late."""
@@ -219,30 +272,12 @@ class Stream:
             "ahead; Accelerate and Lightning may add one)"
         )
 
-    def overcounted(self) -> None:
-        """A batch was counted that no loader has drawn."""
-        self._say(
-            "beyond",
-            f"tracker.batch() was left more often than batches were drawn from the sampler ({self.drawn}): the count "
-            "stays there. For further ones on the same batch of the loader pass tracker.batch(ids, advance=False)",
-        )
-
-    def late(self, batch: int, due: int, entered: int) -> None:
-        """A change could only enter after the batch it was due at."""
-        self._say(
-            "late",
-            f"the change from the report on batch {batch} was due at batch {due}, but {self.drawn} batches were drawn "
-            f"by then, so it enters at batch {entered}; the ledger has it. Build the sampler with "
-            f"delay={self.drawn - batch - 1} or more (a DataLoader draws num_workers x prefetch_factor batches ahead, "
-            "Accelerate one more and times the processes), or count every batch of the loader (sampler.advance)",
-        )
-
-    def _say(self, kind: str, text: str) -> None:
-        if kind not in self._said:
-            self._said.add(kind)
-            warnings.warn(f"taskgrad: {text}", stacklevel=2)
-
     # -- saved and loaded ---------------------------------------------------------------------------------------------
+
+    def tell_of_drawn(self) -> None:
+        """Where nobody counts, and a loader draws ahead, a state is not of what was trained on."""
+        if not self.counting and self._left is not None and self._left.workers and self._left.reached < self._left.stop:
+            self.told.say("not counted", workers=self._left.workers, drawn=self.drawn)
 
     def to_dict(self, consumed: int) -> dict[str, Any]:
         """JSON-able, as after ``consumed`` batches."""
@@ -265,99 +300,8 @@ class Stream:
         self.epochs.resume(state["epochs"])
         self._epoch, self._start, self._stop = state["epoch"]
         self.counting = state["counting"]
+        self.followed, self._first_ahead, self._uncounted = False, None, 0
         self.drawn = self._consumed = self._yielded = self._finished = self._base = consumed
         self.most = state["most"]
         self._resumed = self._start < consumed < self._stop
         self.jump()
-
-
-class Drawing(Iterator[list[int]]):
-    """One iteration. It begins when its first batch is asked for: a DataLoader with workers makes two and uses one.
-
-    ``epoch``, ``start``, ``stop``: the epoch it goes through. Its state says what was drawn, which a loader that
-    snapshots itself (torchdata) keeps beside the sampler's, which says what was consumed.
-    """
-
-    epoch = start = stop = workers = jumps = 0
-
-    def __init__(self, stream: Stream, draw: Callable[[int], list[int]]) -> None:
-        self._stream, self._draw = stream, draw
-        self._at: int | None = None
-
-    def __iter__(self) -> Drawing:
-        return self
-
-    def __next__(self) -> list[int]:
-        with self._stream.lock:
-            if self._at is None:
-                self.workers = loaders.workers()
-                self._at = self._stream.begin(self)
-            if self.jumps != self._stream.jumps:
-                raise RuntimeError(
-                    "the sampler was loaded, rewound or rebased while this iteration over it was under way: leave the "
-                    "loop and begin a new one, iter(loader), which goes on where the sampler is now"
-                )
-            if self._at >= self.stop:
-                raise StopIteration
-            batch = self._draw(self._at)
-            self._stream.drew(self, self._at)
-            self._at += 1
-            return batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """The next batch, and the epoch it belongs to; nothing before the first was drawn."""
-        return {} if self._at is None else {"next": self._at, "epoch": [self.epoch, self.start, self.stop]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken, or at the first batch not consumed where they are counted."""
-        if not state:
-            self._at = None
-            return
-        at = _integers("next", [state.get("next")], 1)[0]
-        self.epoch, self.start, self.stop = _integers("epoch", state.get("epoch"), 3)
-        if not self.start <= at <= self.stop:
-            raise ValueError(f"the loader's state is of batch {at} of an epoch from {self.start} to {self.stop}")
-        self._at = self._stream.resume(self, at)
-        if self._at == self.stop:
-            self._at = None  # that epoch is over: this is the next one
-
-
-class Examples(Iterator[int]):
-    """The same, one example at a time."""
-
-    def __init__(self, drawing: Drawing) -> None:
-        self._drawing = drawing
-        self._batch: list[int] = []
-        self._given = 0
-
-    def __iter__(self) -> Examples:
-        return self
-
-    def __next__(self) -> int:
-        if self._given == len(self._batch):
-            self._batch, self._given = next(self._drawing), 0
-        self._given += 1
-        return self._batch[self._given - 1]
-
-    def state_dict(self) -> dict[str, Any]:
-        """That of the iteration, at the batch under way, and how many of its examples were given."""
-        state = self._drawing.state_dict()
-        given = self._given if self._given < len(self._batch) else 0
-        if given:
-            state["next"] -= 1
-        return {**state, "given": given}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken."""
-        state = dict(state)
-        (given,) = _integers("given", [state.pop("given", None)], 1)
-        self._drawing.load_state_dict(state)
-        self._batch, self._given = [], 0
-        for _ in range(given):
-            next(self)
-
-
-def _integers(name: str, value: Any, length: int) -> Sequence[int]:
-    if not isinstance(value, list | tuple) or len(value) != length or not all(type(v) is int and v >= 0 for v in value):
-        raise ValueError(f"the loader's state has {value!r} as {name} of an iteration: load one that it saved")
-    return value
