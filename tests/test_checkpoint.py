@@ -444,3 +444,26 @@ def test_a_file_that_is_replaced_while_it_is_read(tmp_path: Path) -> None:
         stop.set()
         writer.join()
     assert steps == sorted(steps) and steps[-1] > steps[0]
+
+
+def test_a_checkpoint_in_the_middle_of_a_step_is_told(tmp_path: Path) -> None:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    tracker = tg.track(model, ["a", "b"], optimizer, verify=False)
+
+    def backward() -> None:
+        with tracker.batch(torch.tensor([0, 1, 1])):
+            model(torch.randn(3, 3)).square().mean().backward()
+
+    for _ in range(2):
+        backward()
+    with pytest.warns(
+        UserWarning, match=r"middle of a step: 2 batches .* in no optimizer step yet.*after optimizer.step"
+    ):
+        tg.save_checkpoint(tmp_path / "a.safetensors", tracker, step=0)
+    optimizer.step()
+    tg.save_checkpoint(tmp_path / "a.safetensors", tracker, step=1)
+    optimizer.zero_grad()
+    backward()
+    optimizer.zero_grad()  # a skipped step
+    tg.save_checkpoint(tmp_path / "a.safetensors", tracker, step=1)

@@ -12,6 +12,7 @@ import json
 import operator
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def save_checkpoint(
 ) -> None:
     """Write the state of ``tracker``, and of ``sampler`` if there is one, to the file ``path``.
 
-    Call it between steps, after ``optimizer.step()`` and what hands the report to the sampler. The file is replaced
+    Call it between steps, after ``optimizer.step()``; it warns where a step is under way. The file is replaced
     atomically: if the process is killed at any moment it is the old one or the new one, whole. Model and optimizer are
     saved as ever; give both the same ``step``, and compare it with what ``load_checkpoint`` returns.
 
@@ -69,6 +70,14 @@ def save_checkpoint(
         raise FileNotFoundError(f"there is no folder {str(target.parent)!r} to write {target.name!r} to: create it")
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
+    under_way = tracker.under_way
+    if under_way:
+        warnings.warn(
+            f"taskgrad: save_checkpoint() in the middle of a step: {under_way} batches that gradients were accumulated "
+            "from are in no optimizer step yet, and a run that is resumed from it goes on behind them; save after "
+            "optimizer.step()",
+            stacklevel=2,
+        )
     state = tracker.state_dict()
     tensors = {_PREFIX + name: value for name, value in state.items() if isinstance(value, Tensor)}
     parts = {"tracker": {name: value for name, value in state.items() if not isinstance(value, Tensor)}}

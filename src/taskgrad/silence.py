@@ -17,6 +17,7 @@ class Silence:
         self._said: set[str] = set()
         self._steps = 0
         self._reports = 0
+        self._without_tasks = 0
 
     def batch(self) -> None:
         """A step with a tracked batch."""
@@ -52,6 +53,7 @@ class Silence:
 
     def hear(self, report: StepReport) -> None:
         """A report, each once."""
+        self.tasks(bool((report.tokens > 0).any()))
         self._reports = 0 if report.valid else self._reports + 1
         if self._reports == WITHOUT_NUMBERS:
             self._say("no numbers", f"the last {WITHOUT_NUMBERS} reports have no numbers. The newest: {report.reason}")
@@ -59,6 +61,16 @@ class Silence:
     def numbers(self) -> None:
         """A step whose report is valid."""
         self._reports = 0
+
+    def tasks(self, any_row: bool) -> None:
+        """A step, and whether any of its rows belonged to a task."""
+        self._without_tasks = 0 if any_row else self._without_tasks + 1
+        if self._without_tasks == WITHOUT_NUMBERS:
+            self._say(
+                "no tasks",
+                f"no row of the last {WITHOUT_NUMBERS} steps belongs to a task (every id is -1), so nothing is said of "
+                "any: was the column of task ids lost on the way?",
+            )
 
     def _say(self, kind: str, text: str) -> bool:
         if kind in self._said:

@@ -402,6 +402,10 @@ class Steps:
         if self.probes.device.type == "cpu":  # also where nobody asks for reports
             if bool(step.valid):
                 self.silence.numbers()
+                if bool((weight > 0).any()):
+                    self.silence.tasks(True)
+                else:
+                    self.mail.newest(wait=False)
             else:
                 self.mail.newest(wait=False)
         if self.on_close is not None:

@@ -290,6 +290,12 @@ class TaskGradTracker:
         self._steps.probe = StepProbe(self.model, loss)
         return self._steps.probe
 
+    @property
+    def under_way(self) -> int:
+        """Batches whose gradients wait for the step that they belong to."""
+        self._steps.abandon_if_vanished()
+        return sum(batch.task_rows.backward > 0 for batch in self._batches.pending)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes numbers: settings, memory, windows, what was left out; plain values and CPU tensors.
 

@@ -214,3 +214,20 @@ def test_padding_free_rows() -> None:
         sampler.update(report)
         weights = sampler.weights
         assert all(w == w for w in (weights.values() if isinstance(weights, dict) else weights))
+
+
+def test_a_task_column_that_is_lost_is_told_once() -> None:
+    """Ids that are all -1: every report is valid, and says nothing of any task."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    tracker = tg.track(model, ["a", "b"], optimizer, verify=False)
+    with pytest.warns(UserWarning, match=r"no row of the last 10 steps belongs to a task.*lost on the way") as said:
+        for step in range(40):
+            ids = torch.full((8,), -1)
+            ids[0] = 0 if step == 5 else -1  # one is enough to begin anew
+            with tracker.batch(ids):
+                model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert not said.list or step >= 15
+    assert len(said) == 1

@@ -118,10 +118,10 @@ def test_fixed_mixes_and_schedules_say_what_moves() -> None:
 
 
 def test_words_of_a_decision_that_waits_are_saved() -> None:
-    sampler = build(Alternating("code is next"), update_every=10)
-    run(sampler, 4)
+    sampler = build(Alternating("code is next"), update_every=10, delay=3)
+    run(sampler, 7)
     assert len(sampler.ledger) == 1
-    resumed = build(Alternating("other words"), update_every=10)
+    resumed = build(Alternating("other words"), update_every=10, delay=3)
     resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
     list(resumed)
     assert resumed.ledger[1].why == "code is next"

@@ -104,6 +104,7 @@ class Control:
         self.eval_losses = None
         self.evaluations = 0
         self._waiting: list[_Decision] = []
+        self._asked = ledger.start  # the batch of the last report that the policy was asked about
         self._last_step: int | None = None
         self._newest: int | None = None  # after a load a tracker may count its steps from 0 again
         self.ledger = ledger
@@ -180,7 +181,11 @@ class Control:
         late = "" if effective == due else f", late: due at {due}"
         if self._waiting and self._waiting[-1].effective_at == effective:
             self._waiting.pop()
-        self._waiting.append(_Decision(effective, shares, f"report on batch {batch}{late}", self._why(shares, state)))
+        gap = max(batch - self._asked, 1)  # between reports, as far as one can see
+        is_last = self._slot(batch + gap + 1 + self.settings.delay) > effective  # else another will take its place
+        self._asked = batch
+        why = self._why(shares, state) if is_last else ""
+        self._waiting.append(_Decision(effective, shares, f"report on batch {batch}{late}", why))
 
     def enter_before(self, batch: int) -> None:
         """Enter what waits for batches before ``batch``. Several ranks have to agree first."""
@@ -308,6 +313,7 @@ class Control:
         self.evaluations = state["evaluations"]
         self._last_step = state["last_step"]
         self._newest = None
+        self._asked = state["consumed"]
         self.agreement = None
 
     def _new_engine(self, ledger: Ledger) -> IndexEngine:
