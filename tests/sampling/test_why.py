@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -119,12 +120,21 @@ def test_fixed_mixes_and_schedules_say_what_moves() -> None:
 
 def test_words_of_a_decision_that_waits_are_saved() -> None:
     sampler = build(Alternating("code is next"), update_every=10, delay=3)
-    run(sampler, 7)
+    list(itertools.islice(sampler, 5))
+    sampler.update(Report(step=1), batch=4)
     assert len(sampler.ledger) == 1
     resumed = build(Alternating("other words"), update_every=10, delay=3)
     resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
     list(resumed)
     assert resumed.ledger[1].why == "code is next"
+
+
+def test_it_is_asked_for_the_last_word_on_a_batch_only() -> None:
+    policy = Alternating("code is next")
+    sampler = build(policy, update_every=10, delay=3)
+    run(sampler, 27)
+    assert [state.step for state in policy.asked] == [6, 16, 26]
+    assert [entry.why for entry in sampler.ledger][1:] == ["code is next"] * 3
 
 
 def test_overwrite_boost_says_what_it_knows() -> None:
