@@ -131,9 +131,9 @@ def test_words_of_a_decision_that_waits_are_saved() -> None:
 
 def test_it_is_asked_for_the_last_word_on_a_batch_only() -> None:
     policy = Alternating("code is next")
-    sampler = build(policy, update_every=10, delay=3)
-    run(sampler, 27)
-    assert [state.step for state in policy.asked] == [6, 16, 26]
+    sampler = build(policy, update_every=9, delay=3)
+    run(sampler, 25)
+    assert [state.step for state in policy.asked] == [5, 14, 23]
     assert [entry.why for entry in sampler.ledger][1:] == ["code is next"] * 3
 
 
