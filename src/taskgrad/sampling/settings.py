@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import BoolArray, FloatArray, IntArray, frozen_flags, frozen_floats, frozen_ints
+from .arrays import BoolArray, FloatArray, IntArray, ReadOnlyArrays, frozen_flags, frozen_floats, frozen_ints
 from .guards import Guards
 from .index_numpy import ALGORITHM
 from .inputs import count_of, known, per_task
@@ -21,7 +21,7 @@ usually draw ahead."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(ReadOnlyArrays):
     """Arrays are [T], read-only: ``sizes`` and ``max_draws`` int64, ``natural`` and ``importance`` float64,
     ``critical`` bool. ``fresh``: no size is known, every example is a new one; then ``sizes`` holds ones."""
 

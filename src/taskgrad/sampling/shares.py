@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import FloatArray, frozen_floats
+from .arrays import FloatArray, ReadOnlyArrays, frozen_floats
 from .ids import check_names
 
 
 @dataclass(frozen=True, eq=False)
-class TaskShares:
+class TaskShares(ReadOnlyArrays):
     """``natural`` float64 [T], sums to 1; ``digest``: of names and shares."""
 
     tasks: tuple[str, ...]
