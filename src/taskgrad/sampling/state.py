@@ -16,6 +16,7 @@ from .change import WIDTH
 from .epochs import Epochs
 from .index_numpy import MAX_BATCHES
 from .ledger import Ledger
+from .ledger_page import LATEST
 from .live_state import LiveState
 from .task_index import numbered
 
@@ -80,7 +81,9 @@ def _check_together(state: Mapping[str, Any]) -> Ledger:
     names = tuple(state["tasks"])
     if len(names) != tasks or len(set(names)) != tasks or not (state["named"] or names == numbered(tasks)):
         raise _wrong("tasks", state["tasks"])
-    if consumed < ledger.start or not len(ledger):
+    if not len(ledger) or ledger[-1].effective_at > 4 * MAX_BATCHES:  # a delay is up to that limit, too
+        raise ValueError("the field 'ledger' of the sampler's state is empty, or goes on beyond 2**42 batches")
+    if consumed < ledger.start:
         raise _wrong("consumed", consumed)
     if state["most"] < consumed:
         raise _wrong("most", state["most"])
@@ -130,6 +133,11 @@ def _count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_BATCHES
 
 
+def _later(value: Any) -> bool:
+    """A batch that may never come: the end of an epoch, or where a decision takes effect."""
+    return type(value) is int and 0 <= value < LATEST
+
+
 def _number(value: Any) -> bool:
     return type(value) is float  # JSON that is read strictly holds finite ones only
 
@@ -154,7 +162,7 @@ def _decision(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len(value) == 4
-        and _count(value[0])
+        and _later(value[0])
         and _list(value[1], lambda share: _number(share) and share >= 0)
         and _line(value[2])
         and _line(value[3])
@@ -169,13 +177,13 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "consumed": _count,
     "most": _count,
     "counting": lambda value: isinstance(value, bool),
-    "epoch": lambda value: _list(value, _count, 3),
-    "epochs": lambda value: _list(value, lambda run: _list(run, _count, 3)) and len(value) > 0,
+    "epoch": lambda value: _list(value, _later, 3),
+    "epochs": lambda value: _list(value, lambda run: _list(run, _later, 3)) and len(value) > 0,
     "ledger": lambda value: isinstance(value, Mapping),
     "waiting": lambda value: _list(value, _decision),
     "memory": lambda value: _mapping(value, lambda _: True),
     "eval_losses": lambda value: value is None or _mapping(value, _number),
     "evaluations": _count,
-    "last_step": lambda value: value is None or (type(value) is int and 0 <= value < 1 << 62),
+    "last_step": lambda value: value is None or (type(value) is int and value >= 0),
     "snapshots": lambda value: _list(value, lambda snap: isinstance(snap, Mapping) and _count(snap.get("batch"))),
 }
