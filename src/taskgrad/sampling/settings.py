@@ -126,8 +126,8 @@ class Settings(ReadOnlyArrays):
             guards=Guards(
                 natural,
                 _number("budget", wanted["budget"]),
-                per_task("min_weight", wanted["min_weight"], tasks, 0.0),
-                per_task("max_weight", wanted["max_weight"], tasks, 1.0),
+                frozen_floats(per_task("min_weight", wanted["min_weight"], tasks, 0.0)),
+                frozen_floats(per_task("max_weight", wanted["max_weight"], tasks, 1.0)),
                 _number("max_change", wanted["max_change"]),
                 _marked("pinned", pinned, tasks),
             ),

@@ -60,8 +60,8 @@ def check(state: Any) -> Saved:
     plain = {}
     for name, fits in _FIELDS.items():
         try:
-            text = _json(state[name])
-            plain[name] = json.loads(text)
+            plain[name] = json.loads(json.dumps(state[name], allow_nan=False))  # keys in the order they have
+            text = _json(plain[name])
         except (TypeError, ValueError, RecursionError):
             raise _wrong(name, state[name]) from None
         if not fits(plain[name]):
