@@ -37,7 +37,7 @@ def seal(state: dict[str, Any]) -> dict[str, Any]:
 
 def check(state: Any) -> Saved:
     """Raises TypeError, KeyError or ValueError, whose message names the field, unless a sampler saved this state."""
-    if isinstance(state, LiveState):
+    if isinstance(state, LiveState) and state.live:
         raise ValueError(
             "this state is not saved yet, it is that of whenever it is saved: pickle it, or keep "
             "copy.deepcopy(loader.state_dict())"
