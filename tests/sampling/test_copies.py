@@ -85,7 +85,8 @@ def reported(sampler: AdaptiveBatchSampler, count: int) -> list[list[int]]:
     while len(rows) < count:
         for batch in islice(sampler, count - len(rows)):
             rows.append(batch)
-            sampler.update(replace(reports()[sampler._stream.uncounted % 30], tasks=TASKS), lr=0.1)
+            done = sampler._stream.uncounted
+            sampler.update(replace(reports()[done % 30], step=done + 1, tasks=TASKS), lr=0.1)
     return rows
 
 

@@ -7,6 +7,7 @@ import functools
 import json
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -61,7 +62,7 @@ def train(sampler: AdaptiveBatchSampler, count: int) -> list[list[int]]:
             if isinstance(sampler.policy, Restless):
                 sampler.update(Report(step=done + 1, value=float(sum(batch)), tasks=sampler.tasks))
             else:
-                sampler.update(reports()[done % 30] if done < 30 else None, batch=done)
+                sampler.update(replace(reports()[done % 30], step=done + 1, tasks=sampler.tasks), lr=0.1)
     return out
 
 
@@ -455,3 +456,20 @@ def test_the_snapshot_of_an_epoch_that_began_elsewhere_is_saved() -> None:
     sampler.advance(1200)
     assert sampler.epoch == 1
     assert [snapshot["batch"] for snapshot in sampler.state_dict()["snapshots"]] == [1024, 2048]
+
+
+def test_a_decision_of_several_ranks_that_is_late_where_one_goes_on_alone() -> None:
+    saved = build()
+    train(saved, 14)
+    state = json.loads(json.dumps(saved.state_dict()))
+    last = saved.ledger[-1].effective_at
+    decisions = [[last + 1, [0.1, 0.2, 0.3, 0.4], "report on batch 9", ""]]
+    decisions.append([last + 2, [0.4, 0.3, 0.2, 0.1], "report on batch 10", ""])
+    resumed = build()
+    resumed.load_state_dict(sealed_again({**state, "consumed": 23, "most": 23, "waiting": decisions}))
+    assert last + 2 < 23
+    rows = list(islice(resumed, 2))
+    entry = resumed.ledger[-1]
+    assert (entry.effective_at, entry.cause) == (24, "report on batch 10") and len(rows) == 2
+    batch = by_definition(resumed)
+    assert [batch(23 + k) for k in range(2)] == rows

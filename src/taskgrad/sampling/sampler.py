@@ -426,6 +426,8 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
 
         Where nobody counts, the sampler only knows what was drawn: call ``follow`` (or ``update()`` after each batch)
         before, or pass ``consumed``, the number of batches trained on.
+
+        ``torch.distributed.checkpoint`` fills only the keys that a state has already: give it ``json.dumps(state)``.
         """
         if consumed is None and loaders.keeps_state():
             return LiveState(self._state)
