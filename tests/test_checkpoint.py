@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import taskgrad as tg
+from tests.sampling.helpers import sealed_again
 from tests.utils.ranks import on_two_ranks
 
 TASKS = ["a", "b"]
@@ -219,16 +220,12 @@ def test_a_missing_and_an_unwanted_sampler(saved: tuple[Path, Loop], tmp_path: P
         tg.load_checkpoint(tmp_path / "alone", loop.tracker, loop.sampler)
 
 
-class Failing(tg.AdaptiveBatchSampler):
-    """A sampler whose load raises when it has replaced everything already."""
+class Damaged(tg.AdaptiveBatchSampler):
+    """A sampler whose state, with right digests, cannot be that of a run."""
 
-    fails = True
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        if self.fails:
-            self.fails = False
-            raise ValueError("half way")
+    def state_dict(self, *, consumed: int | None = None) -> dict[str, Any]:
+        state = super().state_dict(consumed=consumed)
+        return sealed_again({**state, "epochs": [[3, 0, 13]]})
 
 
 def test_both_or_none(saved: tuple[Path, Loop]) -> None:
@@ -245,15 +242,15 @@ def test_both_or_none(saved: tuple[Path, Loop]) -> None:
     with pytest.raises(ValueError, match="differs"):
         tg.load_checkpoint(path, again.tracker, _sampler(seed=3))
     assert again.state == before
-    # a sampler that breaks half way is put back
-    broken = Loop(seed=1, sampler=Failing(TASK_OF_EXAMPLE, batch_size=8, tasks=TASKS, update_every=2, delay=0))
-    broken.run(2)
-    before = broken.state
-    with pytest.raises(ValueError, match="half way"):
-        tg.load_checkpoint(path, broken.tracker, broken.sampler)
-    assert broken.state == before
-    broken.batches = None
-    assert broken.run(3) == Loop(seed=1).run(5)[2:]
+    # a state of the sampler that is refused late
+    damaged = Loop(seed=1, sampler=Damaged(TASK_OF_EXAMPLE, batch_size=8, tasks=TASKS, update_every=2, delay=0))
+    damaged.run(4)
+    tg.save_checkpoint(path, damaged.tracker, damaged.sampler, step=4)
+    with pytest.raises(ValueError, match="field 'epochs' of the sampler's state"):
+        tg.load_checkpoint(path, again.tracker, again.sampler)
+    assert again.state == before
+    again.batches = None
+    assert again.run(3) == Loop(seed=1).run(5)[2:]
 
 
 def test_where_it_cannot_be_written(tmp_path: Path) -> None:

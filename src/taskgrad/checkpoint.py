@@ -118,7 +118,7 @@ def load_checkpoint(path: str | os.PathLike[str], tracker: TaskGradTracker, samp
         raise ValueError(f"{str(source)!r} has no sampler's state: it was saved without; pass none, or another file")
     load = tracker._check_load(parts["tracker"])
     if sampler is not None:
-        _load_sampler(sampler, parts["sampler"])
+        sampler.load_state_dict(parts["sampler"])  # checks everything before it replaces anything
     load.commit()
     return step
 
@@ -201,12 +201,3 @@ def _read_once(source: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     for name, value in tensors.items():
         states["tracker"][name.removeprefix(_PREFIX)] = value
     return int(step), states
-
-
-def _load_sampler(sampler: Sampler, state: Mapping[str, Any]) -> None:
-    before = sampler.state_dict()
-    try:
-        sampler.load_state_dict(state)
-    except BaseException:
-        sampler.load_state_dict(before)
-        raise

@@ -33,6 +33,16 @@ def frozen_flags(values: npt.ArrayLike) -> BoolArray:
     return out
 
 
+class ReadOnlyArrays:
+    """Attributes that are arrays stay read-only in copies and pickles, where NumPy makes them writable."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for value in state.values():
+            if isinstance(value, np.ndarray):
+                value.setflags(write=False)
+        self.__dict__.update(state)
+
+
 def to_numpy(value: Any) -> npt.NDArray[Any]:
     """An array from a tensor on any device, an array or a sequence."""
     if hasattr(value, "detach"):

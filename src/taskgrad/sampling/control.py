@@ -7,7 +7,6 @@ stream does not depend on it, as long as the loader draws at most ``delay`` batc
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +28,8 @@ from .settings import Settings
 from .stream import Stream
 
 _REPLAY = 1 << 16
+_FARTHEST_REPLAY = 1 << 30
+"""Batches; no run is that long, and with a hundred tasks they take half an hour."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,12 @@ class Control:
     """Owns ledger and engine. A decision waits until no report can replace it, or a batch that it is for is drawn: of
     the reports that count for the same batch, the last one wins, and entries are appended in order."""
 
-    def __init__(self, settings: Settings, policy: Any, tasks: tuple[str, ...]) -> None:
+    def __init__(self, settings: Settings, policy: Any, tasks: tuple[str, ...], ledger: Ledger | None = None) -> None:
         self.settings = settings
         self.policy = policy
         self.tasks = tasks
-        self.eval_losses: dict[str, float] | None = None
-        self.evaluations = 0
         self.agreement: Agreement | None = None
-        self.open_era(Ledger(settings.sizes, data=settings.data))
+        self._open_era(Ledger(settings.sizes, data=settings.data) if ledger is None else ledger)
 
     @property
     def policy_name(self) -> str:
@@ -98,10 +97,10 @@ class Control:
         """Whether the policy reads reports."""
         return bool(getattr(self.policy, "adaptive", True))
 
-    def open_era(self, ledger: Ledger) -> None:
+    def _open_era(self, ledger: Ledger) -> None:
         """Start an empty ledger with the policy's first weights and its schedule, and an empty policy memory."""
         self.memory: dict[str, Any] = {}
-        self.eval_losses = None
+        self.eval_losses: dict[str, float] | None = None
         self.evaluations = 0
         self._waiting: list[_Decision] = []
         self._asked = ledger.start  # the batch of the last report that the policy was asked about
@@ -139,7 +138,7 @@ class Control:
         if not report.valid:
             return
         due = self._due(batch)
-        effective = max([due, *(decision.effective_at for decision in self._waiting)])  # after what moved before
+        effective = self._after_waiting(due)
         if effective < drawn and self.agreement is None:
             effective = self._slot(drawn)
             _tell_late(stream, batch, due, effective)
@@ -163,8 +162,12 @@ class Control:
                 f"the change from the report on batch {batch} takes effect at batch {due}, but {stream.drawn} batches "
                 f"are already drawn{stream.why_ahead(batch)}"
             )
-        self._ask(report, batch, lr, due, due)
+        self._ask(report, batch, lr, self._after_waiting(due), due)
         self._last_step = step
+
+    def _after_waiting(self, due: int) -> int:
+        """Not before what waits: that was late, or was decided where ``delay`` or ``update_every`` was longer."""
+        return max([due, *(decision.effective_at for decision in self._waiting)])
 
     def _due(self, batch: int) -> int:
         return self._slot(max(batch + 1 + self.settings.delay, self.ledger[-1].effective_at + 1))
@@ -260,9 +263,9 @@ class Control:
             capped=tuple(self.tasks[t] for t in np.flatnonzero(used_up)),
         )
 
-    def to_dict(self, consumed: int) -> dict[str, Any]:
-        """JSON-able state after ``consumed`` batches. Raises TypeError where the policy's memory is not JSON-able, and
-        ValueError where it holds NaN or infinity, which JSON does not have.
+    def to_dict(self, consumed: int, epoch_start: int) -> dict[str, Any]:
+        """JSON-able state after ``consumed`` batches, in an epoch that began at ``epoch_start``. Raises TypeError where
+        the policy's memory is not JSON-able, and ValueError where it holds NaN or infinity, which JSON does not have.
 
         ``snapshots`` are the engine's nearest below the batches that a resumed run may start at. They follow from the
         rest and may be missing; without them the first batch is found by replaying the quotas of all before it.
@@ -278,38 +281,55 @@ class Control:
             "eval_losses": self.eval_losses,
             "evaluations": self.evaluations,
             "last_step": self._last_step,
-            "snapshots": self._snapshots(consumed),
+            "snapshots": self._snapshots(self._first_batches(consumed, epoch_start)),
         }
 
-    def _snapshots(self, consumed: int) -> list[dict[str, Any]]:
-        start, length = self.ledger.start, self.settings.length
-        batches = {consumed}
-        if self.settings.resume == "replay":
-            batches.add(consumed - (consumed - start) % length)
-        found = {snapshot["batch"]: snapshot for snapshot in map(self.engine.snapshot, sorted(batches))}
-        return [snapshot for batch, snapshot in found.items() if batch > start]
+    def _snapshots(self, batches: list[int]) -> list[dict[str, Any]]:
+        found = {snapshot["batch"]: snapshot for snapshot in map(self.engine.snapshot, batches)}
+        return [snapshot for batch, snapshot in found.items() if batch > self.ledger.start]
+
+    def _first_batches(self, consumed: int, epoch_start: int) -> list[int]:
+        """Those that a resumed run draws first."""
+        return [epoch_start, consumed] if self.settings.resume == "replay" else [consumed]
 
     def prepare(self, state: Mapping[str, Any], ledger: Ledger) -> IndexEngine:
-        """The engine for a saved state, at its batch; raises ValueError where its snapshots do not fit."""
+        """The engine for a saved state, at its batch; raises ValueError where its snapshots do not fit, or so much is
+        to be replayed without them that it would never end."""
         engine = self._new_engine(ledger)
         for batches, weights in ledger.blocks():
             for batch, row in zip(batches.tolist(), weights, strict=True):
                 engine.commit(batch, row)
-        at = ledger.start
-        for snapshot in state["snapshots"]:
-            if engine.restore(snapshot):
-                at = max(at, snapshot["batch"])
-        while at < state["consumed"]:  # in pieces, so that it can be interrupted
-            at = min(at + _REPLAY, state["consumed"])
-            engine.totals(at)
+        known = [ledger.start]
+        try:
+            known += [snapshot["batch"] for snapshot in state["snapshots"] if engine.restore(snapshot)]
+        except ValueError as error:
+            raise ValueError(f"the field 'snapshots' of the sampler's state: {error}") from None
+        for first in self._first_batches(state["consumed"], state["epoch"][1]):
+            at = max(batch for batch in known if batch <= first)
+            if first - at > _FARTHEST_REPLAY:
+                raise ValueError(
+                    f"the field 'consumed' of the sampler's state is {state['consumed']}, and 'snapshots' holds none "
+                    f"of the {_FARTHEST_REPLAY} batches before {first}: that is the state of no run"
+                )
+            while at < first:  # in pieces, so that it can be interrupted
+                at = min(at + _REPLAY, first)
+                engine.totals(at)
+            known.append(first)
         return engine
 
     def restore(self, state: Mapping[str, Any], ledger: Ledger, engine: IndexEngine) -> None:
         """Take over what ``to_dict`` wrote, checked by the caller; ``engine`` is from ``prepare``."""
         self.ledger, self.engine = ledger, engine
-        self._waiting = [_Decision(at, frozen_floats(shares), *said) for at, shares, *said in state["waiting"]]
-        self.memory = copy.deepcopy(state["memory"])
-        self.eval_losses = copy.copy(state["eval_losses"])
+        self._waiting = []
+        # of several ranks, that had yet to agree: where one goes on alone, no batch that was drawn may change
+        late = any(at < state["consumed"] for at, *_ in state["waiting"])
+        first = self._slot(state["consumed"]) if late else 0
+        for at, shares, *said in state["waiting"]:
+            if at <= first and self._waiting:
+                self._waiting.pop()
+            self._waiting.append(_Decision(max(at, first), frozen_floats(shares), *said))
+        self.memory = state["memory"]
+        self.eval_losses = state["eval_losses"]
         self.evaluations = state["evaluations"]
         self._last_step = state["last_step"]
         self._newest = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 
 class Epochs:
@@ -44,6 +45,17 @@ class Epochs:
             start = self.start(epoch - 1)
             self.runs.append((epoch - 1, start, batch - start))
 
-    def resume(self, runs: Sequence[Sequence[int]]) -> None:
-        """Take over the ``runs`` of a saved state."""
-        self.runs = [(epoch, batch, stride) for epoch, batch, stride in runs]
+    @classmethod
+    def resumed(cls, runs: Sequence[Sequence[int]], length: int) -> Epochs:
+        """With the ``runs`` of a saved state."""
+        epochs = cls(0, 0, length)
+        epochs.runs = [(epoch, batch, stride) for epoch, batch, stride in runs]
+        return epochs
+
+    @staticmethod
+    def fit(runs: Sequence[Sequence[int]]) -> bool:
+        """Whether these can be ``runs``: each begins where the one before it ends."""
+        return all(stride > 0 for _, _, stride in runs) and all(
+            after - epoch > 0 and batch + (after - epoch) * stride == start
+            for (epoch, batch, stride), (after, start, _) in pairwise(runs)
+        )

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import BoolArray, FloatArray, frozen_floats, to_numpy
+from .arrays import BoolArray, FloatArray, ReadOnlyArrays, frozen_floats, to_numpy
 
 _TINY = 1e-12
 
 
 @dataclass(frozen=True)
-class Guards:
+class Guards(ReadOnlyArrays):
     """The guards of a sampler over T tasks; the defaults let every mix pass.
 
     ``budget``: the largest share of a batch that may be diverted from the natural mix, in (0, 1]; ``min_weight`` and

@@ -225,8 +225,8 @@ class IndexEngine:
         done = batch - self._first
         most = ONE * (self._batch_size + 1 + math.log(self._tasks))
         fine = (
-            int(state.credit.sum()) == 0
-            and int(np.abs(state.credit).max()) <= most
+            _within(state.credit, most)
+            and int(state.credit.sum()) == 0
             and int(state.drawn.min()) >= 0
             and int(state.drawn.max()) <= done * self._batch_size
             and int(state.drawn.sum()) == done * self._batch_size
@@ -241,7 +241,7 @@ class IndexEngine:
             deviations = state.deviations.reshape(-1, replicas)
             rows = deviations + state.drawn[:, None]
             fine = (
-                int(np.abs(deviations).max()) <= MAX_DEVIATION
+                _within(deviations, MAX_DEVIATION)
                 and int(rows.min()) >= 0
                 and not (rows % replicas).any()
                 and not deviations.sum(axis=0).any()
@@ -261,6 +261,10 @@ class IndexEngine:
             if effective_at < batch:
                 digest.update(effective_at.to_bytes(8, "little") + weights.astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+def _within(values: IntArray, most: float) -> bool:
+    return -most <= int(values.min()) and int(values.max()) <= most
 
 
 def _rebuild(

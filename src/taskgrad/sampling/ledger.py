@@ -65,6 +65,9 @@ class Ledger:
         self._tail: list[Entry] = []
         self._opened: tuple[int, list[Entry]] | None = None  # a page's number and entries
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).from_dict, (self.to_dict(),)  # a copy shares no list, and its arrays are read-only too
+
     def append(
         self, effective_at: int, weights: IntArray, cause: str, bound: Sequence[str] = (), why: str = ""
     ) -> Entry:

@@ -6,6 +6,8 @@ tracker tells.
 
 from __future__ import annotations
 
+import copy
+import reprlib
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -430,6 +432,8 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
 
         Where nobody counts, the sampler only knows what was drawn: call ``follow`` (or ``update()`` after each batch)
         before, or pass ``consumed``, the number of batches trained on.
+
+        ``torch.distributed.checkpoint`` fills only the keys that a state has already: give it ``json.dumps(state)``.
         """
         if consumed is None and loaders.keeps_state():
             return LiveState(self._state)
@@ -443,14 +447,15 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
                 raise ValueError(f"consumed is {at}, but only {self._stream.drawn} batches were drawn")
             if consumed is None:
                 self._stream.tell_of_drawn()
+            position = self._stream.to_dict(at)
             return seal(
                 {
                     "settings": self._settings.to_dict(),
                     "policy": self._control.policy_name,
                     "tasks": list(self.tasks),
                     "named": self._index.named,
-                    **self._stream.to_dict(at),
-                    **self._control.to_dict(at),
+                    **position,
+                    **self._control.to_dict(at, position["epoch"][1]),
                 }
             )
 
@@ -465,11 +470,6 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
             TypeError, KeyError, ValueError: a field is missing, damaged, changed since it was saved, or of a sampler
                 built otherwise; the message names it. The sampler is then as it was.
         """
-        if isinstance(state, LiveState):
-            raise ValueError(
-                "this state is not saved yet, it is that of whenever it is saved: pickle it, or keep "
-                "copy.deepcopy(loader.state_dict())"
-            )
         state, ledger = check(state)
         self._check_same_data(state, ledger)
         self._check_built_alike(state)
@@ -507,7 +507,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         saved = {**state["settings"], "policy": state["policy"]}
         here = {**self._settings.to_dict(), "policy": self._control.policy_name}
         size, replicas = saved.get("global_batch_size"), self.num_replicas
-        if isinstance(size, int) and size != here["global_batch_size"]:
+        if type(size) is int and 0 < size != here["global_batch_size"]:
             if size % replicas == 0:
                 remedy = f"pass batch_size={size // replicas}"
             else:
@@ -516,9 +516,14 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
                 f"the saved run has batches of {size} examples on all ranks together, this sampler's have {replicas} x "
                 f"{self.batch_size}: {remedy}"
             )
-        differ = [name for name in here if saved.get(name) != here[name]]
+        unknown = sorted(set(saved) - set(here))
+        if unknown or "policy" in state["settings"]:
+            raise ValueError(f"the field 'settings' of the sampler's state has {unknown or ['policy']}, unknown here")
+        differ = [name for name in here if name not in saved or saved[name] != here[name]]
         if differ:
-            listed = "; ".join(f"{name}: saved {saved.get(name)!r}, here {here[name]!r}" for name in differ)
+            listed = "; ".join(
+                f"{name}: saved {reprlib.repr(saved.get(name))}, here {reprlib.repr(here[name])}" for name in differ
+            )
             raise ValueError(f"the sampler differs from the saved one ({listed}): build it the same way")
         if state["epoch"][2] - state["epoch"][1] != self._settings.length:
             raise ValueError(f"the field 'epoch' of the sampler's state is no epoch of {self._settings.length} batches")
@@ -536,24 +541,31 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         past = [*ledger.past, {**ledger.to_dict(), "past": [], "tasks": list(state["tasks"])}]
         settings = self._settings
         new = Ledger(settings.sizes, data=settings.data, start=consumed, era=ledger.era + 1, past=past)
-        tracker = self._following.tracker
+        following = self._following
+        self._control = Control(settings, self.policy, self._index.tasks, new)
         self._stream.jump()
-        self._control.open_era(new)
         self._stream = self._new_stream(consumed, epoch + (consumed > start))
         self._following = Following(self._stream, self._control, self.task_ids)
-        if tracker is not None:
-            self.follow(tracker)
+        if following.tracker is not None:
+            following.tracker.unsubscribe(following)
+            self.follow(following.tracker)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which go on where this sampler is and follow no tracker."""
-        kept = ("policy", "_index", "_settings", "_rank", "_sharded")
-        return {**{name: self.__dict__[name] for name in kept}, "state": self._state()}
+        made_anew = ("_control", "_stream", "_following", "_warned")
+        kept = {name: value for name, value in self.__dict__.items() if name not in made_anew}
+        return {**kept, "_saved": self._state()}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        state = kept.pop("state")
-        self.__dict__.update(kept)
+        self.__dict__.update({name: value for name, value in kept.items() if name != "_saved"})
         self._begin(self._settings)
-        self.load_state_dict(state)
+        self.load_state_dict(kept["_saved"])
+
+    def __copy__(self) -> _Adaptive[_Item]:
+        twin = type(self).__new__(type(self))
+        # whatever a policy of the user's keeps outside of its memory is not shared; the data's index is never changed
+        twin.__setstate__({**self.__getstate__(), "policy": copy.deepcopy(self.policy)})
+        return twin
 
     def __len__(self) -> int:
         return self._settings.length

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import BoolArray, FloatArray, IntArray, frozen_flags, frozen_floats, frozen_ints
+from .arrays import BoolArray, FloatArray, IntArray, ReadOnlyArrays, frozen_flags, frozen_floats, frozen_ints
 from .guards import Guards
-from .index_numpy import ALGORITHM
+from .index_numpy import ALGORITHM, MAX_BATCHES
 from .inputs import count_of, known, per_task
 from .shares import TaskShares
 from .task_index import TaskIndex
@@ -21,7 +21,7 @@ usually draw ahead."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(ReadOnlyArrays):
     """Arrays are [T], read-only: ``sizes`` and ``max_draws`` int64, ``natural`` and ``importance`` float64,
     ``critical`` bool. ``fresh``: no size is known, every example is a new one; then ``sizes`` holds ones."""
 
@@ -96,7 +96,7 @@ class Settings:
             raise ValueError(
                 "max_epochs counts passes over a task's examples, whose number is not known with shares: leave it out"
             )
-        length = -(-int(sizes.sum()) // batch_size) if num_batches is None else count_of("num_batches", num_batches, 1)
+        length = -(-int(sizes.sum()) // batch_size) if num_batches is None else _batches("num_batches", num_batches, 1)
         horizon = None if horizon is None else count_of("horizon", horizon, 1)
         if delay is None:
             delay = DELAY if horizon is None else min(DELAY, max(8, horizon // 16))
@@ -113,8 +113,8 @@ class Settings:
             global_batch_size=batch_size,
             num_replicas=num_replicas,
             length=length,
-            update_every=count_of("update_every", update_every, 1),
-            delay=count_of("delay", delay, 0),
+            update_every=_batches("update_every", update_every, 1),
+            delay=_batches("delay", delay, 0),
             horizon=horizon,
             resume=resume,
             sizes=frozen_ints(sizes),
@@ -126,8 +126,8 @@ class Settings:
             guards=Guards(
                 natural,
                 _number("budget", wanted["budget"]),
-                per_task("min_weight", wanted["min_weight"], tasks, 0.0),
-                per_task("max_weight", wanted["max_weight"], tasks, 1.0),
+                frozen_floats(per_task("min_weight", wanted["min_weight"], tasks, 0.0)),
+                frozen_floats(per_task("max_weight", wanted["max_weight"], tasks, 1.0)),
                 _number("max_change", wanted["max_change"]),
                 _marked("pinned", pinned, tasks),
             ),
@@ -163,6 +163,14 @@ def _check_probes(probe_every: int, batch_size: int, tasks: int) -> None:
             f"probe_every={probe_every} is too small: one example of each of {tasks} tasks would take more than half "
             f"of {probe_every} batches of {batch_size}; pass probe_every={least} or more, or larger batches"
         )
+
+
+def _batches(name: str, value: Any, least: int) -> int:
+    """A number of batches that a run can have."""
+    number = count_of(name, value, least)
+    if number > MAX_BATCHES:
+        raise ValueError(f"{name} must be at most 2**40, which is more batches than any run has, got {number}")
+    return number
 
 
 def _marked(name: str, given: str | Collection[str], tasks: Sequence[str]) -> BoolArray:

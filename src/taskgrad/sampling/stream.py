@@ -88,6 +88,13 @@ class Stream:
                     self._epoch, self._start, self._stop = drawing.epoch, drawing.start, drawing.stop
                     self.epochs.begin(self._epoch, self._start)
                 break
+        else:
+            if at > self._stop:  # counted beyond it, by whom is not known any more
+                further = -(-(at - self._stop) // self.length)
+                self._epoch += further
+                self._start = self._stop + (further - 1) * self.length
+                self._stop = self._start + self.length
+                self.epochs.begin(self._epoch, self._start)
         return self._epoch, self._start, self._stop
 
     def rewind(self, epoch: int) -> None:
@@ -193,7 +200,7 @@ class Stream:
             return at
         open_batches = left.stop - at
         if at > left.began:
-            if open_batches <= (self._first_ahead or 0):
+            if open_batches <= min(self._first_ahead or 0, at - left.began):
                 return left.stop  # they are on their way, through something that runs ahead of the loop
             self.told.say("uncounted", batches=open_batches)
             return at
@@ -297,7 +304,7 @@ class Stream:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what ``to_dict`` wrote, checked by the caller."""
         consumed: int = state["consumed"]
-        self.epochs.resume(state["epochs"])
+        self.epochs = Epochs.resumed(state["epochs"], self.length)
         self._epoch, self._start, self._stop = state["epoch"]
         self.counting = state["counting"]
         self.followed, self._first_ahead, self._uncounted = False, None, 0
