@@ -40,6 +40,7 @@ TOTAL = 34
 LOADERS = ("plain", "stateful", "accelerate", "accelerate, stateful", "lightning")
 WORKERS = {"0": (0, None, False), "2 fork": (2, "fork", False), "2 fork, persistent": (2, "fork", True)}
 SPAWN = {"2 spawn": (2, "spawn", False), "2 spawn, persistent": (2, "spawn", True)}
+SPAWN_CELLS = (("through", "break"), ("none", "new process"))
 PATTERNS = ("through", "break", "peek before", "peek within", "limit")
 RESUMES = {"none": None, "mid-epoch": 14, "epoch's end": 20, "new process": 14}
 
@@ -169,7 +170,8 @@ _INTRODUCTION = """# One stream, whatever the loader does
 Batches that reached the model against those of a plain loop that was never stopped: every row of every batch,
 `consumed`, and the ledger. A cell is `ok` for all resumes (none, mid-epoch, at an epoch's end, mid-epoch in a new
 process), or says which one was not, and how. *told*: a DataLoader with persistent workers has one iterator only, so
-looking into it within an epoch takes a batch out of the loop's own; taskgrad warns of it.
+looking into it within an epoch takes a batch out of the loop's own; taskgrad warns of it. –: not run (spawned workers
+take seconds to start; of resumes they run none and in a new process).
 """
 
 Cell = tuple[str, str, str, str]
@@ -178,8 +180,9 @@ Cell = tuple[str, str, str, str]
 def cells(spawn: bool, ranks: int) -> list[Cell]:
     """Loader, workers, pattern, resume."""
     kinds = [kind for kind in LOADERS if ranks == 1 or not kind.startswith("accelerate")]
-    workers = [*WORKERS, *(SPAWN if spawn else {})]
-    return list(itertools.product(kinds, workers, PATTERNS, RESUMES))
+    found = list(itertools.product(kinds, WORKERS, PATTERNS, RESUMES))
+    # spawned workers take seconds to start, and differ from forked ones in what is pickled only
+    return found + list(itertools.product(kinds, SPAWN, *SPAWN_CELLS)) if spawn else found
 
 
 def run_cell(cell: Cell, rank: int, ranks: int, folder: Path, second: bool = False) -> list[list[int]]:
@@ -307,14 +310,16 @@ def table(results: dict[int, dict[str, str]], seconds: float) -> str:
             if verdict != "ok":
                 said.append(f"{resume}: {verdict}")
         for (kind, workers), row in rows.items():
-            shown = [_shown(row[pattern]) for pattern in PATTERNS]
+            shown = [_shown(row.get(pattern)) for pattern in PATTERNS]
             lines.append(f"| {kind} | {workers} | {' | '.join(shown)} |")
         good = sum(verdict == "ok" for verdict in verdicts.values())
         lines += ["", f"{good} of {len(verdicts)} cells ok.", ""]
     return "\n".join(lines)
 
 
-def _shown(said: list[str]) -> str:
+def _shown(said: list[str] | None) -> str:
+    if said is None:
+        return "–"
     if said and all(verdict.endswith(": told") for verdict in said):
         return "*told*"
     return ", ".join(said) or "ok"

@@ -366,6 +366,7 @@ def test_whatever_was_done_its_state_can_be_loaded(steps: list[Any], every: int,
             sampler.update(Report(step=step, value=1.0) if what == "report" and slot >= stream.drawn else None)
         elif what == "rewind":
             sampler.rewind(which % (sampler.epoch + 1))
+            iterations = []
         elif what == "observe":
             sampler.observe([float(which)] * 4)
         elif what == "load":
