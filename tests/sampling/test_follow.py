@@ -767,7 +767,7 @@ def test_a_state_of_what_was_only_drawn_is_told() -> None:
     loop = Loop(follow=False)
     batches = iter(DataLoader(range(len(TASK_OF_EXAMPLE)), batch_sampler=loop.sampler, num_workers=2))  # type: ignore[arg-type]
     next(batches)
-    with pytest.warns(UserWarning, match=r"what a loader with 2 workers has drawn, 5 batches.*follow\(tracker\)"):
+    with pytest.warns(UserWarning, match=r"what a loader that draws 4 ahead has drawn, 5 batches.*follow\(tracker\)"):
         loop.sampler.state_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -37,6 +37,7 @@ class Drawing(Iterator[list[int]]):
                     "loop and begin a new one, iter(loader), which goes on where the sampler is now"
                 )
             if self._at >= self.stop:
+                self._stream.ended(self)
                 raise StopIteration
             batch = self._draw(self._at)
             self._stream.drew(self, self._at)
@@ -56,6 +57,7 @@ class Drawing(Iterator[list[int]]):
         self.epoch, self.start, self.stop = _integers("epoch", state.get("epoch"), 3)
         if not self.start <= at <= self.stop:
             raise ValueError(f"the loader's state is of batch {at} of an epoch from {self.start} to {self.stop}")
+        self.asking = loaders.asking()
         self._at = self._stream.resume(self, at)
         if self._at == self.stop:
             self._at = None  # that epoch is over: this is the next one

@@ -19,10 +19,10 @@ _MODULES = ("torch.utils.data.", "torchdata.", "accelerate.")
 
 
 class Asking(NamedTuple):
-    """Of the loader that asks for a batch: its ``workers``; whether batches come ``in_order``; how many it is about to
-    skip (``skips``); the ``batch_size`` that it makes batches of, where it draws single examples."""
+    """Of the loader that asks for a batch: how many its workers draw ``ahead``; whether batches come ``in_order``; how
+    many it is about to skip (``skips``); the ``batch_size`` that it makes batches of, where it draws examples."""
 
-    workers: int
+    ahead: int
     in_order: bool
     skips: int
     batch_size: int | None
@@ -30,17 +30,18 @@ class Asking(NamedTuple):
 
 def asking() -> Asking:
     """The loader that is asking for a batch."""
-    workers, in_order, skips, batch_size = 0, True, 0, None
+    ahead, in_order, skips, batch_size = 0, True, 0, None
     for frame in _loaders():
         kept: dict[str, Any] = getattr(frame.f_locals.get("self"), "__dict__", {})
         if isinstance(kept.get("_num_workers"), int):
             workers = kept["_num_workers"]
+            ahead = workers * int(kept.get("_prefetch_factor") or 0)
             in_order = bool(kept.get("_in_order", True)) or workers < 2
         if isinstance(kept.get("skip_batches"), int):
             skips = kept["skip_batches"]
         if "sampler" in kept and isinstance(kept.get("batch_size"), int):
             batch_size = kept["batch_size"]
-    return Asking(workers, in_order, skips, batch_size)
+    return Asking(ahead, in_order, skips, batch_size)
 
 
 def shards() -> int:

@@ -29,12 +29,14 @@ _UNCOUNTED = 2
 
 
 class _Left(NamedTuple):
-    """An iteration: it ``began`` at a batch, has ``reached`` another, and goes on to ``stop``."""
+    """An iteration: it ``began`` at a batch, has ``reached`` another, goes on to ``stop``, and may have ``ended``
+    there. Its loader's workers draw up to ``ahead`` batches before the loop gets them."""
 
     began: int
     reached: int
     stop: int
-    workers: int
+    ahead: int
+    ended: bool
 
 
 class Stream:
@@ -185,7 +187,12 @@ class Stream:
         if self._drawings and self._drawings[-1] != drew:  # a second one beside it looked at the data
             self._drawings = [*(ref for ref in self._drawings if ref != drew), drew]
             self.span()
-        self._left = _Left(drawing.began, batch + 1, drawing.stop, drawing.asking.workers)
+        self._left = _Left(drawing.began, batch + 1, drawing.stop, drawing.asking.ahead, False)
+
+    def ended(self, drawing: Drawing) -> None:
+        """More was asked for than the iteration has."""
+        if self._left is not None and self._drawings and self._drawings[-1]() is drawing:
+            self._left = self._left._replace(ended=True)
 
     def _look_back(self) -> int:
         """Where the next iteration begins, by what the one before it left behind; tells what nobody counts."""
@@ -193,25 +200,24 @@ class Stream:
         if left is None or (self.counting and at >= stop):
             return at
         if not self.counting:
-            if left.reached < left.stop and left.workers and not self._drawings:
-                self.told.say("left", workers=left.workers)
+            if left.reached < left.stop and left.ahead and not self._drawings:
+                self.told.say("left", ahead=left.ahead)
             return at
-        if left.reached < left.stop:
-            return at
-        open_batches = left.stop - at
-        if at > left.began:
-            if open_batches <= min(self._first_ahead or 0, at - left.began):
-                return left.stop  # they are on their way, through something that runs ahead of the loop
-            self.told.say("uncounted", batches=open_batches)
-            return at
-        self._uncounted += 1
-        if not self.followed and (self._first_ahead is None or self._uncounted == _UNCOUNTED):
-            self.stop_counting()
-            self._consumed = self._yielded = left.stop
-            self.told.say("nobody")
-            return left.stop
-        if self.followed and self._uncounted == _UNCOUNTED:
-            self.told.say("nothing")
+        counted = at - left.began
+        given = left.reached - left.began - left.ahead  # to the loop, at least
+        if left.ended and not left.ahead and left.stop - at <= min(self._first_ahead or 0, counted):
+            return left.stop  # the others are on their way, through something that runs ahead of the loop
+        if counted:
+            if given > counted + 1:  # one may have been given back
+                self.told.say("uncounted", batches=given - counted)
+        elif given > 1:  # more than a look at the first
+            self._uncounted += 1
+            if not self.followed and (self._first_ahead is None or self._uncounted == _UNCOUNTED):
+                self.stop_counting()
+                self._consumed = self._yielded = at = left.reached
+                self.told.say("nobody")
+            elif self.followed and self._uncounted == _UNCOUNTED:
+                self.told.say("nothing")
         return at
 
     # -- what was trained on ------------------------------------------------------------------------------------------
@@ -222,6 +228,7 @@ class Stream:
         if not self.counting:
             self.counting = True
             self._consumed = self._base if by_hand else self._finished
+            self._left = None  # what was drawn before nobody could count
 
     def stop_counting(self) -> None:
         """Nobody counts any more: what is drawn from now on is taken for consumed."""
@@ -283,8 +290,8 @@ class Stream:
 
     def tell_of_drawn(self) -> None:
         """Where nobody counts, and a loader draws ahead, a state is not of what was trained on."""
-        if not self.counting and self._left is not None and self._left.workers and self._left.reached < self._left.stop:
-            self.told.say("not counted", workers=self._left.workers, drawn=self.drawn)
+        if not self.counting and self._left is not None and self._left.ahead and self._left.reached < self._left.stop:
+            self.told.say("not counted", ahead=self._left.ahead, drawn=self.drawn)
 
     def to_dict(self, consumed: int) -> dict[str, Any]:
         """JSON-able, as after ``consumed`` batches."""

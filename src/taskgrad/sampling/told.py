@@ -7,8 +7,9 @@ from typing import Any
 
 TEXTS = {
     "left": (
-        "the last iteration was left before its end, and what its {workers} workers had drawn ahead is skipped: call "
-        "sampler.follow(tracker) (or update() after each batch) before training, and every batch is trained on"
+        "the last iteration was left before its end, and what its workers had drawn ahead (up to {ahead} batches) is "
+        "skipped: call sampler.follow(tracker) (or update() after each batch) before training, and every batch is "
+        "trained on"
     ),
     "uncounted": (
         "the last iteration was run through, but {batches} of its batches were not counted, so they come again: every "
@@ -49,8 +50,8 @@ TEXTS = {
         "or count every batch of the loader (sampler.advance)"
     ),
     "not counted": (
-        "the state is of what a loader with {workers} workers has drawn, {drawn} batches, and not of what was trained "
-        "on: call sampler.follow(tracker) before training (or update() after each batch), or pass "
+        "the state is of what a loader that draws {ahead} ahead has drawn, {drawn} batches, and not of what was "
+        "trained on: call sampler.follow(tracker) before training (or update() after each batch), or pass "
         "state_dict(consumed=)"
     ),
     "replaced": (
