@@ -99,8 +99,9 @@ def bar_chart(
     height: float = 280,
     y_max: float = 1.0,
     percent: bool = True,
+    marks: Sequence[float] | None = None,
 ) -> str:
-    """Bars of all series side by side for each group, with their values above."""
+    """Bars of all series side by side for each group, their values above, and at `marks` a dashed level per group."""
     frame = _Frame(width, height, (0, len(groups)), (0, y_max), False)
     parts = [_heading(title, series), _y_axis(frame, _ticks(0, y_max), percent)]
     step = frame.x(1) - frame.x(0)
@@ -116,6 +117,12 @@ def bar_chart(
             parts.append(
                 f'<rect x="{x + 1:.1f}" y="{y:.1f}" width="{bar - 2:.1f}" height="{max(frame.y(0) - y, 0):.1f}" rx="2" '
                 f'fill="var(--c{s.color})"/><text class="dim mid" x="{x + bar / 2:.1f}" y="{y - 4:.1f}">{label}</text>'
+            )
+        if marks is not None:
+            y = frame.y(marks[g])
+            parts.append(
+                f'<line class="grid" style="stroke:var(--ink)" stroke-dasharray="3 3" x1="{start:.1f}" '
+                f'x2="{start + step * 0.78:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
             )
         parts.append(f'<text class="mid" x="{frame.x(g + 0.5):.1f}" y="{height - 20:g}">{escape(group)}</text>')
     return "".join(parts)
