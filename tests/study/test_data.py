@@ -8,7 +8,7 @@ from taskgrad.study.data import IGNORE, LEARNABLE, RARE, RARE_SHARE, SEQUENCE, T
 
 SIZE = {"largest": 5, "copy": 4, "substitution": 4, "noise": 4}
 """Bytes of an instance: mark, operands, answer."""
-LETTERS = 24
+LETTERS = 16
 
 
 @pytest.fixture(scope="module")

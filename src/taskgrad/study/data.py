@@ -8,15 +8,16 @@ A sequence has 33 tokens: 32 inputs and, shifted by one, 32 targets. Text is tra
 sequence is a newline and as many instances (mark, operands, answer) as fit, then newlines, and is trained on the
 answers alone, as in supervised fine-tuning:
 
-- ``largest``: the largest of three digits, which is learned early,
-- ``copy``: the first of two characters again, a capital letter, after a plateau,
-- ``substitution``: the letter that a hidden table has for the first of two characters, a small letter, after a plateau
-  that only a share above a quarter of the budget ends,
+- ``largest``: the largest of three digits: learned early,
+- ``copy``: the first of two characters again, one of 24 capital letters: learned after a plateau, which an equal part
+  of the demo's budget ends,
+- ``substitution``: the letter that a hidden table has for the first of two characters, one of 16 small letters:
+  learned after a plateau, which an equal part seldom ends and twice as much does,
 - ``noise``: a coin, tossed again each time the sequence is drawn: there is nothing to learn beyond the two answers
   being equally likely, and nothing to memorise.
 
-Half of the instances of each learnable task never occur in training. Every operand does, and so do most pairs with one
-in common: who has learned the rule knows the held-out instances too, who has memorised answers does not.
+Half of the instances of each task never occur in training, and each operand does at each place: who has learned the
+rule knows the held-out instances too, who has memorised answers does not.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ IGNORE = -100
 
 Ints = npt.NDArray[np.int64]
 
-_SMALL = np.arange(ord("a"), ord("x") + 1)
+_SMALL = np.arange(ord("a"), ord("p") + 1)
 _CAPITALS = np.arange(ord("A"), ord("X") + 1)
 _DIGITS = np.arange(ord("0"), ord("9") + 1)
 _ANY = np.frombuffer((string.ascii_letters + string.digits).encode(), dtype=np.uint8).astype(np.int64)
@@ -144,27 +145,27 @@ def _largest(rng: np.random.Generator) -> tuple[Ints, Ints]:
 
 def _copy(rng: np.random.Generator) -> tuple[Ints, Ints]:
     """Instances (a, b, a), a a capital letter and b any character: int64 [n, 3], seen and held out half and half."""
-    a, b = _pairs(rng)
-    return _halves(np.column_stack([_CAPITALS[a], _ANY[b], _CAPITALS[a]]))
+    a, b = _pairs(_CAPITALS, rng)
+    return _halves(np.column_stack([a, b, a]))
 
 
 def _substitution(rng: np.random.Generator) -> tuple[Ints, Ints]:
     """Instances (a, b, table[a]), a a small letter, b any character: int64 [n, 3], seen and held out half and half."""
     table = rng.permutation(_SMALL)
-    a, b = _pairs(rng)
-    return _halves(np.column_stack([_SMALL[a], _ANY[b], table[a]]))
+    a, b = _pairs(_SMALL, rng)
+    return _halves(np.column_stack([a, b, table[a - _SMALL[0]]]))
 
 
 def _noise(rng: np.random.Generator) -> tuple[Ints, Ints]:
     """Instances (a, b, coin), letters and 0 or 1: int64 [n, 3]; the held-out ones are of other pairs."""
-    a, b = _pairs(rng)
-    return _halves(np.column_stack([_SMALL[a], _ANY[b], _COIN[np.arange(len(a)) % 2]]))
+    a, b = _pairs(_SMALL, rng)
+    return _halves(np.column_stack([a, b, _COIN[np.arange(len(a)) % 2]]))
 
 
-def _pairs(rng: np.random.Generator) -> tuple[Ints, Ints]:
-    """Every pair of a letter's number and the number of any character, shuffled."""
-    letters, characters = np.divmod(rng.permutation(len(_SMALL) * len(_ANY)), len(_ANY))
-    return letters, characters
+def _pairs(letters: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
+    """Every pair of one of `letters` and any character, shuffled: int64 [n] twice."""
+    first, second = np.divmod(rng.permutation(len(letters) * len(_ANY)), len(_ANY))
+    return letters[first], _ANY[second]
 
 
 def _halves(instances: Ints) -> tuple[Ints, Ints]:
@@ -185,8 +186,9 @@ def _sequences(task: str, pool: Ints, count: int, rng: np.random.Generator) -> I
 def _answers(task: str) -> npt.NDArray[np.bool_]:
     """Which of a rare sequence's 32 targets are answers: bool [32]."""
     size = 2 + _OPERANDS[task]
-    place = np.arange(SEQUENCE)
-    return (place % size == size - 1) & (place < SEQUENCE // size * size)
+    answers = np.zeros(SEQUENCE, dtype=np.bool_)
+    answers[size - 1 : SEQUENCE // size * size : size] = True
+    return answers
 
 
 def _chance(trained: Ints, asked: Ints) -> float:
