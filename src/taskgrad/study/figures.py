@@ -22,7 +22,7 @@ def accuracy_bars(result: dict[str, Any], split: str) -> str:
         svg.Series(RUN_NAMES[name], [run["evaluations"][-1][split][task] for task in tasks], _RUN_COLORS[name])
         for name, run in result["runs"].items()
     ]
-    title = f"Rare tasks, {_SPLIT_NAMES[split]} (dashed: always the same answer)"
+    title = f"Accuracy on rare tasks, {_SPLIT_NAMES[split]} (dashed: chance)"
     return svg.bar_chart(title, tasks, series, y_max=1.0, marks=[result["chance"][task] for task in tasks])
 
 

@@ -46,7 +46,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
             )
         out.append(("", "learnable mean", f"{means[0]:.2f}", f"{means[1]:.2f}", "", "", ""))
     for number, task in enumerate(result["rare"]):
-        out.append(("" if number else "always the same", task, f"{result['chance'][task]:.2f}", "", "", "", ""))
+        out.append(("" if number else "chance", task, f"{result['chance'][task]:.2f}", "", "", "", ""))
     out.append(("", "learnable mean", f"{_learnable_mean(result, result['chance']):.2f}", "", "", "", ""))
     return out
 
