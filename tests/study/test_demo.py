@@ -11,13 +11,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from taskgrad.cli import main
-from taskgrad.study import demo
-from taskgrad.study.data import RARE, SEQUENCE, TASKS, Mixture
+from taskgrad.study import demo, summary
+from taskgrad.study.data import LEARNABLE, RARE, SEQUENCE, TASKS, Mixture
 from taskgrad.study.model import ByteGPT
 from taskgrad.study.train import POLICIES, RARE_BUDGET, train
 from taskgrad.tracker import track
@@ -65,21 +66,58 @@ def test_quick_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "folder"
     printed = capfd.readouterr().out
     assert "OverwriteBoost" in printed and "report.html" in printed
+    assert "Right answers on held-out (seen) instances" in printed
 
     result = json.loads((out / "result.json").read_text())
     assert list(result["runs"]) == list(POLICIES)
     assert result["config"]["steps"] == 10 and result["versions"]["torch"] == torch.__version__
     for run in result["runs"].values():
         assert run["evaluations"][-1]["step"] == 10
-        assert set(run["evaluations"][-1]["seen"]) == set(RARE)
+        assert set(run["evaluations"][-1]["seen"]) == set(run["evaluations"][-1]["held_out"]) == set(RARE)
         assert len(run["curves"]["share"]) == len(run["curves"]["step"]) == 10
         assert len(run["push"]) == len(TASKS)
+
+    assert set(result["chance"]) == set(RARE) and 0.4 < result["chance"]["noise"] < 0.6
 
     page = (out / "report.html").read_text()
     tags = Tags()
     tags.feed(page)
-    assert sum(tag == "svg" for tag, _ in tags.seen) == 10
+    assert sum(tag == "svg" for tag, _ in tags.seen) == 12
     assert not re.search(r'(src|href)="', page), "the report needs no other file"
+
+
+def test_headline_and_table_lead_with_held_out_instances() -> None:
+    result = made_up_result()
+    assert summary.headline(result) == (
+        "Right answers on held-out (seen) instances of the rare tasks that can be learned: "
+        "natural mix 0.30 (0.60, text loss 1.250), equal split 0.30 (0.60, text loss 1.250), "
+        "OverwriteBoost 0.30 (0.60, text loss 1.250)."
+    )
+    table = [dict(zip(summary.HEADER, row, strict=True)) for row in summary.rows(result)]
+    noise = next(row for row in table if row["task"] == "noise")
+    assert (noise["held out"], noise["seen"], noise["share"], noise["at end"]) == ("0.50", "0.51", "0.40%", "0.60%")
+    means = [row["held out"] for row in table if row["task"] == "learnable mean"]
+    assert means == ["0.30", "0.30", "0.30", "0.10"], "the three runs, and one answer for all"
+
+
+def made_up_result() -> dict[str, Any]:
+    """The mean over the learnable tasks is .3 held out and .6 seen, in each run."""
+    held_out = dict(zip(RARE, (0.2, 0.3, 0.4, 0.5), strict=True))
+    seen = dict(zip(RARE, (0.5, 0.6, 0.7, 0.51), strict=True))
+    run = {
+        "evaluations": [{"step": 1, "text_loss": 1.25, "held_out": held_out, "seen": seen}],
+        "curves": {"share": [[0.976, 0.006, 0.006, 0.006, 0.006]]},
+        "share": [0.984, 0.004, 0.004, 0.004, 0.004],
+        "epochs": [1.0] * 5,
+    }
+    chance = dict(zip(RARE, (0.2, 0.05, 0.05, 0.5), strict=True))
+    return {
+        "tasks": list(TASKS),
+        "rare": list(RARE),
+        "learnable": list(LEARNABLE),
+        "chance": chance,
+        "runs": dict.fromkeys(POLICIES, run),
+    }
 
 
 @pytest.mark.parametrize("option", [["--steps", "0"], ["--seed", "-1"]])

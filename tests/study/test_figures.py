@@ -44,6 +44,19 @@ def test_names_are_escaped() -> None:
     assert {"<&>", "a<b", "x&y", "50"} <= set(texts)
 
 
+def test_marks_are_levels_of_their_groups() -> None:
+    series = [svg.Series("x", [0.5, 0.5], 0), svg.Series("y", [0.25, 1.0], 1)]
+    root = parsed(svg.bar_chart("t", ["a", "b"], series, marks=[0.25, 0.5]))
+    marks = [line.attrib for line in root.iter("{http://www.w3.org/2000/svg}line") if "stroke-dasharray" in line.attrib]
+    bars = [bar.attrib for bar in root.iter("{http://www.w3.org/2000/svg}rect")][1:]
+    # level with the top of the bar of the same value, and as wide as its group
+    assert [float(mark["y1"]) for mark in marks] == [float(bars[1]["y"]), float(bars[2]["y"])]
+    for mark, first, last in zip(marks, bars[::2], bars[1::2], strict=True):
+        assert mark["y1"] == mark["y2"]
+        assert float(mark["x1"]) <= float(first["x"])
+        assert float(mark["x2"]) >= float(last["x"]) + float(last["width"])
+
+
 def test_heat_map_tells_sign_and_gap() -> None:
     root = parsed(svg.heat_map("t", ["a"], ["x", "y", "z"], [[-0.5, 0.5, None]]))
     cells = [r.attrib["fill"] for r in root.iter("{http://www.w3.org/2000/svg}rect")][1:]

@@ -5,19 +5,25 @@ written with the same letters and digits, so they compete with the text for its 
 that name the tasks are bytes of their own (128 to 131).
 
 A sequence has 33 tokens: 32 inputs and, shifted by one, 32 targets. Text is trained on every target. A rare task's
-sequence is a newline and eight instances (mark, a, b, answer), and is trained on the answers alone, as in supervised
-fine-tuning:
+sequence is a newline and as many instances (mark, operands, answer) as fit, then newlines, and is trained on the
+answers alone, as in supervised fine-tuning:
 
-- ``comparison``: which of two of 24 letters comes later in a hidden order; half of the pairs never occur in training,
-- ``addition``: the last digit of the sum of two digits; a fifth of the sums never occur in training,
-- ``copy``: the first of two capital letters again; half of the pairs never occur in training,
+- ``largest``: the largest of three digits: learned early,
+- ``copy``: the first of two characters again, one of 24 capital letters: learned after a plateau, which an equal part
+  of the demo's budget ends,
+- ``substitution``: the letter that a hidden table has for the first of two characters, one of 16 small letters:
+  learned after a plateau, which an equal part seldom ends and twice as much does,
 - ``noise``: a coin, tossed again each time the sequence is drawn: there is nothing to learn beyond the two answers
   being equally likely, and nothing to memorise.
+
+Half of the instances of each task never occur in training, and each operand does at each place: who has learned the
+rule knows the held-out instances too, who has memorised answers does not.
 """
 
 from __future__ import annotations
 
 import pydoc_data.topics
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,9 +32,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-TASKS = ("text", "comparison", "addition", "copy", "noise")
+TASKS = ("text", "largest", "copy", "substitution", "noise")
 RARE = TASKS[1:]
-LEARNABLE = ("comparison", "addition", "copy")
+LEARNABLE = ("largest", "copy", "substitution")
 RARE_SHARE = 0.002
 """Share of the sequences that each rare task has in the natural mix."""
 SEQUENCE = 32
@@ -36,18 +42,15 @@ IGNORE = -100
 
 Ints = npt.NDArray[np.int64]
 
-_INSTANCES = (SEQUENCE + 1) // 4
-_LETTERS = ord("a")
-_CAPITALS = ord("A")
-_OPERANDS = 24
-_MODULUS = 10
-_DIGITS = ord("0")
+_SMALL = np.arange(ord("a"), ord("p") + 1)
+_CAPITALS = np.arange(ord("A"), ord("X") + 1)
+_DIGITS = np.arange(ord("0"), ord("9") + 1)
+_ANY = np.frombuffer((string.ascii_letters + string.digits).encode(), dtype=np.uint8).astype(np.int64)
+_COIN = _DIGITS[:2]
 _MARKS = {task: 128 + number for number, task in enumerate(RARE)}
+_OPERANDS = {"largest": 3, "copy": 2, "substitution": 2, "noise": 2}
 _EVAL_SEQUENCES = 96
 _EVAL_WINDOWS = 512
-
-_ANSWERS = np.arange(SEQUENCE) % 4 == 3
-"""Which of a rare sequence's 32 targets are answers."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class Mixture:
     """Training examples of all tasks under one index, and the evaluation sets.
 
     Indices 0 .. n-1 run over the tasks in the order of `TASKS`: every window of 33 bytes of the training text, then for
-    each rare task as many sequences as give it `RARE_SHARE` of all.
+    each rare task as many sequences as give it `RARE_SHARE` of all. `chance` is, by rare task, the accuracy on held-out
+    instances of always giving the answer that is most frequent in training.
     """
 
     def __init__(self, seed: int) -> None:
@@ -72,7 +76,7 @@ class Mixture:
         self._text = train_text
         windows = len(train_text) - SEQUENCE
         count = round(windows * RARE_SHARE / (1.0 - RARE_SHARE * len(RARE)))
-        pools = {"comparison": _comparison(rng), "addition": _addition(rng), "copy": _copy(rng), "noise": _noise(rng)}
+        pools = {"largest": _largest(rng), "copy": _copy(rng), "substitution": _substitution(rng), "noise": _noise(rng)}
         self._sequences = {task: _sequences(task, seen, count, rng) for task, (seen, _) in pools.items()}
         held = {task: _sequences(task, unseen, _EVAL_SEQUENCES, rng) for task, (_, unseen) in pools.items()}
 
@@ -86,6 +90,10 @@ class Mixture:
         for task in RARE:
             self.eval_sets[task, "seen"] = _eval_set(task, self._sequences[task][:_EVAL_SEQUENCES])
             self.eval_sets[task, "held_out"] = _eval_set(task, held[task])
+        self.chance = {
+            task: _chance(self._sequences[task][:, 1:][:, _answers(task)], held[task][:, 1:][:, _answers(task)])
+            for task in RARE
+        }
 
     def batch(self, indices: Sequence[int] | Ints, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """The examples at `indices`, in their order, as drawn at training step `step`.
@@ -105,7 +113,8 @@ class Mixture:
             drawn = _windows(self._text, position) if task == "text" else self._sequences[task][position]
             if task == "noise":
                 coins = np.random.default_rng((self._seed, 1, step))
-                drawn[:, 4::4] = _DIGITS + coins.integers(2, size=(len(rows), _INSTANCES))
+                answers = drawn[:, 1:][:, _answers(task)]
+                drawn[:, 1:][:, _answers(task)] = _COIN[coins.integers(2, size=answers.shape)]
             tokens[rows] = drawn
             targets[rows] = _targets(task, drawn)
         return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets), torch.from_numpy(task_ids)
@@ -128,59 +137,67 @@ def _windows(text: Ints, starts: Ints) -> Ints:
     return found
 
 
-def _comparison(rng: np.random.Generator) -> tuple[Ints, Ints]:
-    """Instances (a, b, label), label 1 where a ranks above b: int64 [n, 3], seen and held out.
-
-    Both orders of a pair are on the same side of the split, so that a held-out pair can only be told by the order
-    inferred from others. Neighbours in the order stay in training: without them it would not be determined.
-    """
-    rank = rng.permutation(_OPERANDS)
-    pairs = [(a, b) for a in range(_OPERANDS) for b in range(a)]
-    far = [pair for pair in pairs if abs(rank[pair[0]] - rank[pair[1]]) > 1]
-    near = [pair for pair in pairs if abs(rank[pair[0]] - rank[pair[1]]) == 1]
-    order = rng.permutation(len(far))
-    held = len(pairs) // 2
-    sides = [near + [far[i] for i in order[held:]], [far[i] for i in order[:held]]]
-    pools = []
-    for side in sides:
-        ordered = np.array(side + [(b, a) for a, b in side])
-        label = rank[ordered[:, 0]] > rank[ordered[:, 1]]
-        pools.append(np.column_stack([_LETTERS + ordered, _DIGITS + label]))
-    return pools[0], pools[1]
-
-
-def _addition(rng: np.random.Generator) -> tuple[Ints, Ints]:
-    """Instances (a, b, a + b mod p): int64 [n, 3], seen and held out."""
-    a, b = np.divmod(rng.permutation(_MODULUS**2), _MODULUS)
-    instances = _DIGITS + np.column_stack([a, b, (a + b) % _MODULUS])
-    held = len(instances) // 5
-    return instances[held:], instances[:held]
+def _largest(rng: np.random.Generator) -> tuple[Ints, Ints]:
+    """Instances (a, b, c, the largest of them), digits: int64 [n, 4], seen and held out half and half."""
+    digits = _DIGITS[np.stack(np.unravel_index(rng.permutation(10**3), (10, 10, 10)), axis=1)]
+    return _halves(np.column_stack([digits, digits.max(1)]))
 
 
 def _copy(rng: np.random.Generator) -> tuple[Ints, Ints]:
-    """Instances (a, b, a): int64 [n, 3], seen and held out half and half."""
-    a, b = np.divmod(rng.permutation(_OPERANDS**2), _OPERANDS)
-    instances = _CAPITALS + np.column_stack([a, b, a])
-    return instances[: len(a) // 2], instances[len(a) // 2 :]
+    """Instances (a, b, a), a a capital letter and b any character: int64 [n, 3], seen and held out half and half."""
+    a, b = _pairs(_CAPITALS, rng)
+    return _halves(np.column_stack([a, b, a]))
+
+
+def _substitution(rng: np.random.Generator) -> tuple[Ints, Ints]:
+    """Instances (a, b, table[a]), a a small letter, b any character: int64 [n, 3], seen and held out half and half."""
+    table = rng.permutation(_SMALL)
+    a, b = _pairs(_SMALL, rng)
+    return _halves(np.column_stack([a, b, table[a - _SMALL[0]]]))
 
 
 def _noise(rng: np.random.Generator) -> tuple[Ints, Ints]:
-    """Instances (a, b, coin): int64 [n, 3]; the held-out ones are other tosses."""
-    a, b = np.divmod(np.arange(_OPERANDS**2), _OPERANDS)
-    sides = [np.column_stack([_LETTERS + a, _LETTERS + b, _DIGITS + rng.integers(2, size=len(a))]) for _ in range(2)]
-    return sides[0], sides[1]
+    """Instances (a, b, coin), letters and 0 or 1: int64 [n, 3]; the held-out ones are of other pairs."""
+    a, b = _pairs(_SMALL, rng)
+    return _halves(np.column_stack([a, b, _COIN[np.arange(len(a)) % 2]]))
+
+
+def _pairs(letters: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
+    """Every pair of one of `letters` and any character, shuffled: int64 [n] twice."""
+    first, second = np.divmod(rng.permutation(len(letters) * len(_ANY)), len(_ANY))
+    return letters[first], _ANY[second]
+
+
+def _halves(instances: Ints) -> tuple[Ints, Ints]:
+    return instances[: len(instances) // 2], instances[len(instances) // 2 :]
 
 
 def _sequences(task: str, pool: Ints, count: int, rng: np.random.Generator) -> Ints:
-    """Sequences of a newline and eight different instances of `pool`, each after the task's mark: int64 [count, 33]."""
-    chosen = np.argsort(rng.random((count, len(pool))), axis=1)[:, :_INSTANCES]
-    marks = np.full((count, _INSTANCES, 1), _MARKS[task])
-    instances = np.concatenate([marks, pool[chosen]], axis=2).reshape(count, SEQUENCE)
-    return np.concatenate([np.full((count, 1), ord("\n")), instances], axis=1)
+    """Sequences of a newline and different instances of `pool`, each after the task's mark: int64 [count, 33]."""
+    size = 2 + _OPERANDS[task]
+    fit = SEQUENCE // size
+    chosen = np.argsort(rng.random((count, len(pool))), axis=1)[:, :fit]
+    marks = np.full((count, fit, 1), _MARKS[task])
+    sequences = np.full((count, SEQUENCE + 1), ord("\n"))
+    sequences[:, 1 : 1 + fit * size] = np.concatenate([marks, pool[chosen]], axis=2).reshape(count, fit * size)
+    return sequences
+
+
+def _answers(task: str) -> npt.NDArray[np.bool_]:
+    """Which of a rare sequence's 32 targets are answers: bool [32]."""
+    size = 2 + _OPERANDS[task]
+    answers = np.zeros(SEQUENCE, dtype=np.bool_)
+    answers[size - 1 : SEQUENCE // size * size : size] = True
+    return answers
+
+
+def _chance(trained: Ints, asked: Ints) -> float:
+    """Accuracy on the answers `asked` of always giving the most frequent of those `trained`."""
+    return float(np.mean(asked == np.bincount(trained.ravel()).argmax()))
 
 
 def _targets(task: str, tokens: Ints) -> Ints:
-    return tokens[:, 1:] if task == "text" else np.where(_ANSWERS, tokens[:, 1:], IGNORE)
+    return tokens[:, 1:] if task == "text" else np.where(_answers(task), tokens[:, 1:], IGNORE)
 
 
 def _eval_set(task: str, tokens: Ints) -> EvalSet:

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     runs = _train_all(args.seed, steps, console)
     result = {
-        "format": 1,
+        "format": 2,
         "config": {
             "seed": args.seed,
             "steps": steps,
@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         "tasks": list(TASKS),
         "rare": list(RARE),
         "learnable": list(LEARNABLE),
+        "chance": next(iter(runs.values()))["chance"],
         "seconds": time.perf_counter() - started,
         "runs": runs,
     }
@@ -93,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         with replacing(args.out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     console.print(_table(result))
+    console.print(summary.headline(result))
     figures, data = (_shown(args.out / name) for name in files)
     console.print(f"{result['seconds']:.0f} s. Figures: {figures}, data: {data}", soft_wrap=True)
     return 0
@@ -183,7 +185,7 @@ def _die_with_parent() -> None:
 
 
 def _table(result: dict[str, Any]) -> Table:
-    table = Table(title="Accuracy on the rare tasks")
+    table = Table(title="Accuracy on the rare tasks: held-out instances never occurred in training")
     for number, title in enumerate(summary.HEADER):
         table.add_column(title, justify="left" if number < 2 else "right", no_wrap=True)
     for row in summary.rows(result):

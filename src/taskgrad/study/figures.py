@@ -11,32 +11,35 @@ from . import svg
 
 RUN_NAMES = {"natural": "natural mix", "equal": "equal split", "overwrite_boost": "OverwriteBoost"}
 _RUN_COLORS = {"natural": 0, "equal": 2, "overwrite_boost": 1}
-_TASK_COLORS = {"text": 0, "comparison": 1, "addition": 2, "copy": 3, "noise": 4}
+_TASK_COLORS = {"text": 0, "largest": 1, "copy": 2, "substitution": 3, "noise": 4}
+_SPLIT_NAMES = {"seen": "seen in training", "held_out": "held out"}
 
 
-def accuracy_bars(result: dict[str, Any]) -> str:
-    """Accuracy of every rare task at the end of each run, on instances seen in training."""
+def accuracy_bars(result: dict[str, Any], split: str) -> str:
+    """Accuracy of every rare task at the end of each run, on the instances of `split`, "seen" or "held_out"."""
     tasks = result["rare"]
     series = [
-        svg.Series(RUN_NAMES[name], [run["evaluations"][-1]["seen"][task] for task in tasks], _RUN_COLORS[name])
+        svg.Series(RUN_NAMES[name], [run["evaluations"][-1][split][task] for task in tasks], _RUN_COLORS[name])
         for name, run in result["runs"].items()
     ]
-    return svg.bar_chart("Accuracy on the rare tasks", tasks, series, y_max=1.0)
+    title = f"Accuracy on rare tasks, {_SPLIT_NAMES[split]} (dashed: chance)"
+    return svg.bar_chart(title, tasks, series, y_max=1.0, marks=[result["chance"][task] for task in tasks])
 
 
-def accuracy_curves(result: dict[str, Any]) -> str:
-    """Mean accuracy over the learnable rare tasks during training."""
+def accuracy_curves(result: dict[str, Any], split: str) -> str:
+    """Mean accuracy over the learnable rare tasks during training, on the instances of `split`."""
     runs = result["runs"]
     steps = [point["step"] for point in next(iter(runs.values()))["evaluations"]]
     series = [
         svg.Series(
             RUN_NAMES[name],
-            [float(np.mean([point["seen"][task] for task in result["learnable"]])) for point in run["evaluations"]],
+            [float(np.mean([point[split][task] for task in result["learnable"]])) for point in run["evaluations"]],
             _RUN_COLORS[name],
         )
         for name, run in runs.items()
     ]
-    return svg.line_chart("Learnable rare tasks, mean accuracy", steps, series, y_max=1.0, percent=True)
+    title = f"Mean over those that can be learned, {_SPLIT_NAMES[split]}"
+    return svg.line_chart(title, steps, series, y_max=1.0, percent=True)
 
 
 def shares(result: dict[str, Any], name: str) -> str:
@@ -85,8 +88,9 @@ def conflict(result: dict[str, Any], name: str) -> str:
 
 
 def readme_picture(result: dict[str, Any]) -> str:
-    """One picture of the result: accuracy at the end, and on the way."""
-    content = svg.shifted(accuracy_bars(result), 8, 8) + svg.shifted(accuracy_curves(result), 484, 8)
+    """One picture of the result: accuracy on held-out instances at the end, and on the way."""
+    bars, curves = accuracy_bars(result, "held_out"), accuracy_curves(result, "held_out")
+    content = svg.shifted(bars, 8, 8) + svg.shifted(curves, 484, 8)
     return svg.document(content, 952, 296)
 
 

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from . import figures
-from .summary import HEADER, rows
+from .summary import HEADER, headline, rows
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#24292f;--dim:#6e7781;--line:#d8dee4;--paper:#fff}
@@ -21,6 +21,8 @@ th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
 .dim{color:var(--dim);font-size:.9rem}
 """
 
+_ACCURACY = (figures.accuracy_bars, figures.accuracy_curves)
+
 
 def render(result: dict[str, Any]) -> str:
     """HTML of the whole report."""
@@ -28,7 +30,11 @@ def render(result: dict[str, Any]) -> str:
     shown = ", ".join(f"{name} {version}" for name, version in versions.items())
     boosted = "overwrite_boost"
     sections = [
-        ("The result", _text("result"), [figures.accuracy_bars(result), figures.accuracy_curves(result)]),
+        (
+            "The result",
+            _text("result"),
+            [draw(result, split) for split in ("held_out", "seen") for draw in _ACCURACY],
+        ),
         ("Where the budget went", _text("shares"), [figures.shares(result, boosted), figures.shares(result, "equal")]),
         (
             "What the gradients said",
@@ -47,6 +53,7 @@ def render(result: dict[str, Any]) -> str:
         f'<p class="dim">{config["parameters"]:,} parameters, {config["steps"]:,} steps of {config["batch_size"]} '
         f"sequences, seed {config['seed']}. {escape(shown)}.</p>",
         f"<p>{_text('setting')}</p>",
+        f"<p><strong>{escape(headline(result))}</strong></p>",
         _table(result),
     ]
     for title, text, drawn in sections:
@@ -62,11 +69,16 @@ def render(result: dict[str, Any]) -> str:
 _TEXTS = {
     "setting": (
         "The model reads Python's own documentation, byte by byte. Four rare tasks are mixed in, each as 0.2% of the "
-        "sequences: comparing letters under a hidden order, adding digits, copying a letter, and naming a coin that is "
-        "tossed anew every time, which nobody can learn. The same model is trained three times: on the natural mix, "
-        "with a larger share for the rare tasks split equally, and with that allowance handed out by OverwriteBoost."
+        "sequences: the largest of three digits, copying a letter, replacing a letter by means of a hidden table, and "
+        "naming a coin that is tossed anew every time, which nobody can learn. The same model is trained three times: "
+        "on the natural mix, with a larger share for the rare tasks split equally, and with that allowance handed out "
+        "by OverwriteBoost."
     ),
-    "result": "Left: share of right answers at the end, on instances that occurred in training. Right: on the way.",
+    "result": (
+        "Left: share of right answers at the end. Right: on the way. Above: on held-out instances, which never "
+        "occurred in training and need the rule. Below: on instances that occurred. The dashed level is what always "
+        "giving the most frequent answer gets."
+    ),
     "shares": "Share of the sequences that each rare task had. The dashed level is an equal split of the allowance.",
     "gradients": (
         "The overwrite ratio is what the other tasks' gradients take from a task's remembered gradient, over what the "

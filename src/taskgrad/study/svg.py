@@ -14,7 +14,7 @@ svg{font-family:system-ui,-apple-system,"Segoe UI",sans-serif;--ink:#24292f;--di
 --c0:#b1bac4;--c1:#58a6ff;--c2:#f0883e;--c3:#56d364;--c4:#d2a8ff;--low:#ff7b72;--high:#58a6ff}}
 text{fill:var(--ink);font-size:12px}.dim{fill:var(--dim);font-size:11px}.title{font-size:14px;font-weight:600}
 .grid{stroke:var(--grid);stroke-width:1}.line{fill:none;stroke-width:2;stroke-linejoin:round}
-.end{text-anchor:end}.mid{text-anchor:middle}
+.end{text-anchor:end}.mid{text-anchor:middle}.halo{paint-order:stroke;stroke:var(--paper);stroke-width:4px}
 """
 """CSS of every figure; colours c0 .. c4 and the dark variants of all."""
 
@@ -99,14 +99,21 @@ def bar_chart(
     height: float = 280,
     y_max: float = 1.0,
     percent: bool = True,
+    marks: Sequence[float] | None = None,
 ) -> str:
-    """Bars of all series side by side for each group, with their values above."""
+    """Bars of all series side by side for each group, their values above, and at `marks` a dashed level per group."""
     frame = _Frame(width, height, (0, len(groups)), (0, y_max), False)
     parts = [_heading(title, series), _y_axis(frame, _ticks(0, y_max), percent)]
     step = frame.x(1) - frame.x(0)
     bar = step * 0.78 / len(series)
     for g, group in enumerate(groups):
         start = frame.x(g) + step * 0.11
+        if marks is not None:
+            y = frame.y(marks[g])
+            parts.append(
+                f'<line class="grid" style="stroke:var(--ink)" stroke-dasharray="3 3" x1="{frame.x(g) + 3:.1f}" '
+                f'x2="{frame.x(g + 1) - 3:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            )
         for i, s in enumerate(series):
             value = s.values[g]
             if value is None:
@@ -115,7 +122,8 @@ def bar_chart(
             label = f"{100 * value:.0f}" if percent else _short(value)
             parts.append(
                 f'<rect x="{x + 1:.1f}" y="{y:.1f}" width="{bar - 2:.1f}" height="{max(frame.y(0) - y, 0):.1f}" rx="2" '
-                f'fill="var(--c{s.color})"/><text class="dim mid" x="{x + bar / 2:.1f}" y="{y - 4:.1f}">{label}</text>'
+                f'fill="var(--c{s.color})"/>'
+                f'<text class="dim mid halo" x="{x + bar / 2:.1f}" y="{y - 4:.1f}">{label}</text>'
             )
         parts.append(f'<text class="mid" x="{frame.x(g + 0.5):.1f}" y="{height - 20:g}">{escape(group)}</text>')
     return "".join(parts)

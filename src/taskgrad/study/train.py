@@ -17,7 +17,7 @@ from ..report import StepReport
 from ..sampling import AdaptiveBatchSampler
 from ..sampling.policies import OverwriteBoost, Policy, Proportional, Static
 from ..tracker import track
-from .data import IGNORE, RARE, SEQUENCE, TASKS, Mixture
+from .data import IGNORE, LEARNABLE, RARE, SEQUENCE, TASKS, Mixture
 from .model import ByteGPT
 
 BATCH_SIZE = 64
@@ -53,6 +53,7 @@ class RunResult:
             ``overwrite_se``, ``signal`` (mean over the steps since the last point), ``retention``, ``loss`` (likewise).
         evaluations: one dict per evaluation: ``step``, ``text_loss`` (held out, nats per byte), ``seen`` and
             ``held_out``: accuracy per rare task.
+        chance: accuracy per rare task, held out, of always giving its most frequent answer.
         share, epochs: [T], mean share of the sequences over the run, and passes over the task's examples.
         push: [T][T], sum over steps of <m_t, g_s> divided by |that of <m_t, g_t>|: below 0, task s (column) undoes
             t (row).
@@ -65,6 +66,7 @@ class RunResult:
     parameters: int = 0
     curves: dict[str, list[Any]] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    chance: dict[str, float] = field(default_factory=dict)
     share: list[float] = field(default_factory=list)
     epochs: list[float] = field(default_factory=list)
     push: list[list[float | None]] = field(default_factory=list)
@@ -117,8 +119,8 @@ def train(
     `policy`, under that one, of any name.
 
     Data and initial weights depend on `seed` only, so the runs of a seed differ by their batches alone. `on_step` is
-    called after each step with its number, its loss and, where there was an evaluation, the mean accuracy on the rare
-    tasks (seen instances).
+    called after each step with its number, its loss and, where there was an evaluation, the mean accuracy on
+    held-out instances of the learnable rare tasks.
     """
     started = time.perf_counter()
     mixture = Mixture(seed)
@@ -138,7 +140,8 @@ def train(
         delay=0,
         budget=None if isinstance(policy, Proportional) else DIVERTED,
     )
-    result = RunResult(name, seed, steps, parameters=sum(p.numel() for p in model.parameters()))
+    parameters = sum(p.numel() for p in model.parameters())
+    result = RunResult(name, seed, steps, parameters=parameters, chance=mixture.chance)
     curves = _Curves(max(1, steps // CURVE_POINTS))
     evaluate_every = max(1, steps // EVALUATIONS)
     sampler.follow(tracker)
@@ -159,7 +162,8 @@ def train(
         mean_accuracy = None
         if step % evaluate_every == 0 or step == steps:
             result.evaluations.append({"step": step, **evaluate(model, mixture)})
-            mean_accuracy = float(np.mean(list(result.evaluations[-1]["seen"].values())))
+            held_out = result.evaluations[-1]["held_out"]
+            mean_accuracy = float(np.mean([held_out[task] for task in LEARNABLE]))
         if on_step is not None:
             on_step(step, loss.item(), mean_accuracy)
     tracker.remove()
