@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from taskgrad.sampling import native
+from taskgrad.sampling import index_numpy, native
 from taskgrad.sampling.arrays import FloatArray
 from taskgrad.sampling.policies import Policy, PolicyState
 from taskgrad.sampling.state import seal
@@ -20,6 +20,19 @@ from taskgrad.sampling.state import seal
 NAMES = ("text", "code", "legal", "poetry")
 SIZES = (700, 120, 30, 11)
 TASK_OF_EXAMPLE = np.random.default_rng(7).permutation(np.repeat(np.arange(4), SIZES))
+
+
+ENGINES = ("C++", "NumPy")
+
+
+def with_engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """For a fixture over ``ENGINES``: every test of a module holds for both."""
+    if request.param == "C++" and native.load()[0] is None:
+        pytest.skip("the C++ index engine is not built or not wanted")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "NumPy":
+            patch.setattr(native, "engine_class", lambda: index_numpy.Engine)
+        yield request.param
 
 
 needs_extension = pytest.mark.skipif(native.load()[0] is None, reason="the C++ index engine is not built or not wanted")

@@ -8,7 +8,6 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,19 +19,12 @@ from taskgrad.sampling import index_numpy, native
 from taskgrad.sampling.index import MAX_BATCHES, MAX_TASKS, Draw, IndexEngine
 from taskgrad.sampling.index_numpy import MAX_BATCH_SIZE
 from taskgrad.sampling.quota import ONE, to_units
+from tests.sampling.helpers import ENGINES, with_engine
 
 SIZES = np.array([5000, 300, 40, 7, 1])
 
 
-@pytest.fixture(scope="module", params=["C++", "NumPy"], autouse=True)
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every test here holds for both engines."""
-    if request.param == "C++" and native.load()[0] is None:
-        pytest.skip("the C++ index engine is not built or not wanted")
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "NumPy":
-            patch.setattr(native, "engine_class", lambda: index_numpy.Engine)
-        yield request.param
+implementation = pytest.fixture(scope="module", params=ENGINES, autouse=True)(with_engine)
 
 
 def weights(*values: float) -> np.ndarray:

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,20 +18,12 @@ from taskgrad.sampling import index_numpy, native
 from taskgrad.sampling.index import IndexEngine
 from taskgrad.sampling.quota import to_units
 from taskgrad.sampling.replicas import deal
-from tests.sampling.helpers import needs_extension
+from tests.sampling.helpers import ENGINES, needs_extension, with_engine
 
 SIZES = np.array([5000, 300, 40, 7, 1])
 
 
-@pytest.fixture(scope="module", params=["C++", "NumPy"], autouse=True)
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every test here holds for both engines."""
-    if request.param == "C++" and native.load()[0] is None:
-        pytest.skip("the C++ index engine is not built or not wanted")
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "NumPy":
-            patch.setattr(native, "engine_class", lambda: index_numpy.Engine)
-        yield request.param
+implementation = pytest.fixture(scope="module", params=ENGINES, autouse=True)(with_engine)
 
 
 def shares(*values: float) -> np.ndarray:

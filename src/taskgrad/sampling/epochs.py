@@ -14,7 +14,6 @@ class Epochs:
     """
 
     def __init__(self, first: int, start: int, length: int) -> None:
-        self._length = length
         self.runs: list[tuple[int, int, int]] = [(first, start, length)]
 
     @property
@@ -46,9 +45,9 @@ class Epochs:
             self.runs.append((epoch - 1, start, batch - start))
 
     @classmethod
-    def resumed(cls, runs: Sequence[Sequence[int]], length: int) -> Epochs:
+    def resumed(cls, runs: Sequence[Sequence[int]]) -> Epochs:
         """With the ``runs`` of a saved state."""
-        epochs = cls(0, 0, length)
+        epochs = cls(*runs[0])
         epochs.runs = [(epoch, batch, stride) for epoch, batch, stride in runs]
         return epochs
 

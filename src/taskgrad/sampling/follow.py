@@ -51,9 +51,9 @@ class Following:
         """The training loop is through with a batch that has so many rows of each task, [T], where that is known."""
         stream = self._stream
         with stream.lock:
-            if not stream.countable:
+            if not stream.may_count():
                 return
-            if examples is not None and stream.compares:
+            if examples is not None and stream.looks_closer():
                 drawn = np.bincount(self._task_ids(stream.consumed), minlength=len(examples))
                 if drawn.sum() == examples.sum():  # else the loop makes batches of its own
                     stream.compare(np.array_equal(drawn, examples))

@@ -93,7 +93,7 @@ def _check_together(state: Mapping[str, Any]) -> Ledger:
     runs = state["epochs"]
     if runs[0][1] != ledger.start or runs[0][0] > epoch or not Epochs.fit(runs):
         raise _wrong("epochs", runs)
-    if Epochs.resumed(runs, stop - start).start(epoch) != start:
+    if Epochs.resumed(runs).start(epoch) != start:
         raise _wrong("epoch", state["epoch"])
     last = ledger[-1].effective_at
     for at, shares, *_ in state["waiting"]:

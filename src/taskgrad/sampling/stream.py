@@ -236,14 +236,12 @@ class Stream:
             self._yielded = self._finished = self._base = self._consumed
             self.counting = self.followed = False
 
-    @property
-    def countable(self) -> bool:
-        """Whether there is a batch to count; tells where there is none."""
+    def may_count(self) -> bool:
+        """Whether there is a batch to count; tells where there is none, or another was due."""
         due = self.consumed
         if self._resumed and self.replay and self._left is not None and self._left.reached <= due:
             self.told.say("replay", trained=self._left.reached - 1, due=due)
-            return due < self.drawn
-        if due >= self.drawn:
+        elif due >= self.drawn:
             self.told.say("beyond", drawn=self.drawn)
         return due < self.drawn
 
@@ -259,10 +257,9 @@ class Stream:
         if self._consumed >= self._stop:
             self.span()  # the iteration that this leads into may be over when somebody asks
 
-    @property
-    def compares(self) -> bool:
-        """Whether the rows trained on are to be compared with those of the batch that is counted: where an iteration
-        begins, since that is where loops and loaders part, and now and then."""
+    def looks_closer(self) -> bool:
+        """Asked for every batch: whether the rows trained on are to be compared with those of the batch that is
+        counted. Where an iteration begins, since that is where loops and loaders part, and now and then."""
         self._compares += 1
         return self._compares <= _FIRST or self._compares % _EVERY == 0
 
@@ -311,7 +308,7 @@ class Stream:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what ``to_dict`` wrote, checked by the caller."""
         consumed: int = state["consumed"]
-        self.epochs = Epochs.resumed(state["epochs"], self.length)
+        self.epochs = Epochs.resumed(state["epochs"])
         self._epoch, self._start, self._stop = state["epoch"]
         self.counting = state["counting"]
         self.followed, self._first_ahead, self._uncounted = False, None, 0
