@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 from collections.abc import Iterator
@@ -12,6 +13,13 @@ import torch
 
 # without it cuBLAS warns under the deterministic algorithms that ``poisoned_memory`` asks for
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def workers_from_a_server() -> None:
+    """Workers of a DataLoader do not fork this process: CPython 3.11 can hang where one of its threads holds a lock."""
+    multiprocessing.set_start_method("forkserver")
+    multiprocessing.set_forkserver_preload(["torch", "taskgrad"])
 
 
 @pytest.fixture(autouse=True, scope="session")
