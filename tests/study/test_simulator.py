@@ -80,5 +80,5 @@ def test_a_run_is_that_of_a_tracker(adam: bool, regression: bool) -> None:
 
 
 def test_parameters_of_another_size_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"start must hold 51 parameters, got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"start must hold 47 parameters, got shape \(3,\)"):
         Simulator(("a", "b"), 4, 5, 2, np.zeros(3), rate=0.1)

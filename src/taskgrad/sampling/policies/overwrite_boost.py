@@ -1,23 +1,4 @@
-"""Share the budget among the rare tasks that still learn; take it back where it is not needed or buys nothing.
-
-Every task rarer than an equal share (n_t / sum(n) < 1 / T) begins with an equal part of the budget. What moves the
-parts from then on, all of it kept per task over its appearances:
-
-- **Need**, from the gradient's size: the energy n_t ||g_t||^2 (the mean squared gradient of an example, whatever the
-  number n_t of them in a batch) over the highest it had. A mastered task's falls to a few hundredths, and its part is
-  released at once; if it is forgotten, its gradients grow and it is raised again.
-- **Learning**, from the gradient's direction: the signal <m_t, g_t> is positive by more than two standard errors.
-  What such a task wants is multiplied by ``LIFT``.
-- **Trials**, from the losses, which can only withhold: the need is at most loss / highest loss, and a task that is not
-  learning by its gradients must show confirmed progress, blocks of appearances whose mean loss is significantly below
-  the lowest one so far (relearning what was lost is no gain). As the last progress recedes, the task wants less; after
-  ever longer phases without any it falls to a floor, and after a rest of half its history it is probed again.
-
-The budget is split in proportion to what tasks want, at most ``CAP`` equal parts times its need for each. What that
-leaves over stays with the natural mix: the budget in force shrinks. So gradients alone raise a task above the others;
-losses withhold, and give back. Without losses in the reports only what mastered tasks release is withheld.
-docs/policy-log.md has the evidence for the rules and the constants.
-"""
+"""R1 ported (development)."""
 
 from __future__ import annotations
 
@@ -30,70 +11,227 @@ from ..arrays import FloatArray
 from .base import Policy, PolicyState
 from .updates import column, counted
 
-WINDOW = 200
-"""Appearances that energy, signal and loss are averaged over: four times the tracker's memory."""
-SIGNIFICANT = 2.0
-"""Standard errors that a signal, or a trial's progress, must exceed."""
-RESTORED = 3.0
-"""Standard errors that progress must exceed after a stall: over a run a task with nothing to learn passes two by
-chance."""
-SHARPNESS = 2.0
-"""Power of the need: half as much left to learn wants a quarter."""
-LIFT = 2.0
-"""Weight of a task that learns by its gradients, against one of the same need that does not."""
-CAP = 8.0
-"""Highest part, in equal ones: with few claimants the rest of the budget is not worth its price."""
-FLOOR = 0.2
-"""Lowest part, of an equal one: a wrong verdict costs four fifths, and the task stays observable."""
-TRIAL = 96
-"""Appearances in a trial: with fewer, the loss's own spread hides the progress of a slow task."""
-PATIENCE = 3
-"""Trials without progress that cost nothing, at any time: a slow learner may need as many to show any."""
-GROWTH = 2.0
-"""A phase without progress ends when the task was seen this many times as often as at its beginning; the next begins
-after half of that again. So phases grow with the run, as a plateau's length is unknown."""
-DOUBT = 3.0
-"""Power with which trust in a stalled task falls as its last progress recedes."""
 _TINY = 1e-12
+EVERY = 10
+BLOCK, BLOCKS = 16, 24
+FIRST = 40
 
 
 class OverwriteBoost(Policy):
-    """The default policy; see the module's docstring. It needs ``examples``, ``norm`` and ``signal`` in the report, and
-    ``loss`` where parts are to be withheld: call ``batch.losses(per_example)`` while training.
-
-    Tasks in ``state.critical`` never fall below an equal part because of trials. Parts scale with
-    ``state.importance``.
-    """
-
     guard_defaults: ClassVar[Mapping[str, float]] = {"budget": 0.05, "probe_every": 200}
+    # constants
+    base = 0.2
+    keep = 0.3
+    cut_base = 0.4
+    cap_unproven = 8.0
+    cap = 8.0
+    power = 2.0
+    k0, k1, mid = 0.3, 0.7, 0.5
+    recent = 0.15
+    z_last = 3.0
+    z_trend = 3.0
+    signal_evidence = True
+    z_trust = 2.0
+    relative = False
+    nil = 0.02
+    use_signal = True
+    use_losses = True
+    use_rho = True
+    rho = None
+
+    def __init__(self, fresh: bool = False, **constants: Any) -> None:
+        self.fresh = fresh
+        for name, value in constants.items():
+            assert hasattr(self, name), name
+            setattr(self, name, value)
 
     def initial(self, state: PolicyState) -> FloatArray:
-        """A part for each rare task [T], equal but for their importance; all to the natural mix if no task is rare."""
         return _equal_parts(state)
 
     def weights(self, report: Any, state: PolicyState) -> FloatArray:
-        """Parts of the budget [T]; they sum to less than 1 where released parts find no taker."""
+        memory = state.memory
         equal = _equal_parts(state)
+        if not memory:
+            memory.update(reports=0, block=np.zeros((9, len(equal))).tolist(), parts=equal.tolist())
         examples, norm, signal = counted(report), column(report, "norm"), column(report, "signal")
-        losses = None if report.loss is None else column(report, "loss")
-        want, high = np.zeros(len(equal)), np.zeros(len(equal))
-        for t, task in enumerate(state.tasks):
-            if equal[t] == 0:
-                continue
-            kept = state.memory.setdefault(task, _fresh())
-            if examples[t] > 0 and np.isfinite(norm[t]):
-                _enter_gradient(kept, float(examples[t]) * float(norm[t]) ** 2, float(signal[t]))
-                if losses is not None and np.isfinite(losses[t]):
-                    _enter_loss(kept, float(losses[t]))
-            need, learns = _need(kept), _learns(kept)
-            if learns or kept["on"]:
-                want[t] = need**SHARPNESS * (LIFT if learns else _trust(kept))
-                high[t] = CAP * need
-        floor = equal * np.where(state.critical, 1.0, FLOOR)
-        return floor + _fill(want * equal, high * equal, float((equal - floor).sum()))
+        loss = column(report, "loss") if report.loss is not None and self.use_losses else np.full(len(equal), np.nan)
+        seen = (examples > 0) & np.isfinite(norm)
+        energy = np.where(seen, examples * np.where(seen, norm, 0.0) ** 2, 0.0)
+        signals = seen & np.isfinite(signal)
+        signal = np.where(signals, signal, 0.0)
+        losses = seen & np.isfinite(loss)
+        loss = np.where(losses, loss, 0.0)
+        block = np.array(memory["block"]) + np.stack(
+            [seen, energy, signals, signal, signal**2, losses, loss, loss**2, seen * 0.0]
+        )
+        memory["reports"] += 1
+        if memory["reports"] % EVERY == 0:
+            rho, rho_se = column(report, "overwrite"), column(report, "overwrite_se")
+            pull, own = column(report, "pull"), column(report, "own_pull")
+            memory["parts"] = self.decide(block, (rho, rho_se, pull, own), state, equal).tolist()
+            block = np.zeros_like(block)
+        memory["block"] = block.tolist()
+        return np.array(memory["parts"])
 
-    def __repr__(self) -> str:
-        return "OverwriteBoost()"
+    def decide(self, block, pulls, state: PolicyState, equal: FloatArray) -> FloatArray:
+        memory = state.memory
+        count = len(equal)
+        rare = equal > 0
+        seen, energy, signals, signal, signal2, losses, loss, loss2, _ = block
+        k = float(state.step + 1)
+        h = float(state.horizon) if state.horizon else np.inf
+        kept = {name: np.array(v) for name, v in memory.get("kept", {}).items()} or fresh(count)
+        m = kept
+        enter(m, "energy", seen, energy, None, 200)
+        m["peak"] = np.where(m["energy_w"] > 100, np.maximum(m["peak"], m["energy"]), m["peak"])
+        enter(m, "signal", signals, signal, signal2, 200)
+        m["n"] += losses
+        first = (m["n"] <= FIRST) & (losses > 0)
+        enter(m, "loss0", np.where(first, losses, 0), np.where(first, loss, 0), np.where(first, loss2, 0), 1e9)
+        enter(m, "loss", losses, loss, loss2, 100)
+        push(m, losses, loss, loss2)
+        m["seen"] += seen
+        z = zscore(m["signal"], m["signal_2"], m["signal_w"]) * (m["signal_w"] > 100)
+        if not self.use_signal:
+            z = np.zeros_like(z)
+        trend = trend_z(m)
+        evidence = (m["seen"] > 150) & (
+            (trend > self.z_trend) & (m["n"] > 150) | ((z > self.z_last) & self.signal_evidence)
+        )
+        m["last"] = np.where(evidence, k, m["last"])
+        lossratio = np.where(m["n"] > FIRST, m["loss"] / np.maximum(m["loss0"], 1e-20), 1.0)
+        low = (m["n"] > 150) & (
+            m["loss"]
+            < 0.95 * m["loss0"]
+            - 2 * np.sqrt(var(m, "loss") / np.maximum(m["loss_w"], 1) + var(m, "loss0") / np.maximum(m["loss0_w"], 1))
+        )
+        m["able"] = np.maximum(m["able"], low)
+        heldout = self.observe(m, memory, state)
+        able = m["able"] > 0
+        need = np.where(m["peak"] > 0, m["energy"] / np.maximum(m["peak"], 1e-300), 1.0)
+        need = np.minimum(1.0, np.minimum(need, lossratio))
+        if state.epochs is not None and not self.fresh:
+            need = np.where(state.epochs > 3, 1.0, need)
+        if heldout is not None:
+            able = able | (heldout < 0.9)
+            need = np.where(np.isnan(heldout), need, np.clip(heldout, 0, 1))
+        m["able"] = able * 1.0
+        u = np.maximum(k / h - np.maximum(0.0, m["last"] / h - self.recent), 0)
+        x = np.where(
+            u < self.k0,
+            1.0,
+            np.where(
+                u < self.k1,
+                1 - (1 - self.mid) * (u - self.k0) / (self.k1 - self.k0),
+                np.maximum(self.mid - 5 * (u - self.k1), 0),
+            ),
+        )
+        x = np.where(k > 0.85 * h, 0.0, x)
+        if memory.get("losses") is None:
+            memory["losses"] = False
+        memory["losses"] = memory["losses"] or bool(losses.sum() > 0) or heldout is not None
+        if not memory["losses"]:
+            x = np.ones_like(x)
+        trust = np.where(able, 1.0, x)
+        parts = self.split(equal, rare, able, trust, need, z, m, pulls)
+        memory["kept"] = {name: v.tolist() for name, v in m.items()}
+        return parts
+
+    def split(self, equal, rare, able, trust, need, z, m, pulls):
+        cut = trust < 0.3
+        want = np.where(
+            cut | ~rare, 0.0, equal * need**self.power * np.where((z > self.z_trust) & self.signal_evidence, 1.0, trust)
+        )
+        if self.relative:
+            need = np.maximum(need - self.nil, 0) / (1 - self.nil)
+            base = equal * np.where(cut, self.cut_base, (self.base + self.keep) * np.clip(need / 0.05, 0, 1))
+        else:
+            base = equal * np.where(cut, self.cut_base, self.base + self.keep * np.minimum(1, need / 0.05))
+        high = np.where(cut, 0.0, np.where(able, self.cap * need, self.cap_unproven * need)) * equal
+        return base + fill(want, high, 1 - float(base.sum()))
+
+    def observe(self, m, memory, state):
+        if state.eval_losses is None:
+            return None
+        count = memory.get("evaluations", 0)
+        v = np.array([state.eval_losses.get(t, np.nan) for t in state.tasks])
+        if state.evaluations != count:
+            memory["evaluations"] = state.evaluations
+            memory["held"] = memory.get("held", [])[-2:] + [[None if np.isnan(x) else x for x in v]]
+            if "held0" not in memory:
+                memory["held0"] = memory["held"][0]
+        held = np.array(memory["held"], dtype=float)
+        v0 = np.array(memory["held0"], dtype=float)
+        return held.mean(0) / np.maximum(v0, 1e-12) if len(held) == 3 else np.ones(len(v))
+
+
+def fresh(count):
+    z = np.zeros(count)
+    out = {}
+    for name in ("energy", "signal", "loss", "loss0"):
+        out.update({name: z.copy(), name + "_2": z.copy(), name + "_w": z.copy()})
+    out.update(
+        peak=z.copy(),
+        n=z.copy(),
+        seen=z.copy(),
+        last=z.copy(),
+        able=z.copy(),
+        blocks=np.zeros((count, BLOCKS, 3)),
+        filled=z.astype(int),
+        size=z + BLOCK,
+        current=np.zeros((count, 3)),
+    )
+    return out
+
+
+def enter(m, name, count, total, squares, window):
+    d = (1 - 1 / window) ** count
+    g = (1 - d) * window
+    w = d * m[name + "_w"] + g
+    f = g / np.maximum(w, 1e-9)
+    n = np.maximum(count, 1)
+    m[name] = m[name] + f * (total / n - m[name])
+    if squares is not None:
+        m[name + "_2"] = m[name + "_2"] + f * (squares / n - m[name + "_2"])
+    m[name + "_w"] = w
+
+
+def var(m, name):
+    return np.maximum(m[name + "_2"] - m[name] ** 2, 0)
+
+
+def zscore(mean, squares, weight):
+    return mean / np.sqrt(np.maximum(squares - mean**2, 1e-300) / np.maximum(weight, 1e-9))
+
+
+def push(m, n, total, squares):
+    m["current"] = m["current"] + np.stack([n, total, squares], 1)
+    full = np.flatnonzero(m["current"][:, 0] >= m["size"])
+    m["blocks"][full, m["filled"][full]] = m["current"][full]
+    m["current"][full] = 0
+    m["filled"][full] += 1
+    for t in np.flatnonzero(m["filled"] == BLOCKS):
+        m["blocks"][t, : BLOCKS // 2] = m["blocks"][t].reshape(BLOCKS // 2, 2, 3).sum(1)
+        m["filled"][t] = BLOCKS // 2
+        m["size"][t] *= 2
+
+
+def trend_z(m):
+    sums = np.concatenate([np.zeros((len(m["filled"]), 1, 3)), np.cumsum(m["blocks"], 1)], 1)
+    n = m["filled"]
+    third = np.maximum(2, n // 3)
+    rows = np.arange(len(n))
+    late = sums[rows, n] - sums[rows, np.maximum(n - third, 0)]
+    early = sums[rows, np.maximum(n - third, 0)] - sums[rows, np.maximum(n - 2 * third, 0)]
+
+    def moments(a):
+        c = np.maximum(a[:, 0], 1)
+        mean = a[:, 1] / c
+        return mean, np.maximum(a[:, 2] / c - mean**2, 0) / c
+
+    ml, vl = moments(late)
+    me, ve = moments(early)
+    return np.where(n >= 6, (me - ml) / np.sqrt(vl + ve + 1e-20), 0.0)
 
 
 def _equal_parts(state: PolicyState) -> FloatArray:
@@ -103,7 +241,7 @@ def _equal_parts(state: PolicyState) -> FloatArray:
     return out
 
 
-def _fill(want: FloatArray, high: FloatArray, total: float) -> FloatArray:
+def fill(want: FloatArray, high: FloatArray, total: float) -> FloatArray:
     """min(c x want, high) [T] with the factor c for which it sums to ``total``; ``high`` where that is not enough."""
     out = np.where(want > 0, high, 0.0)
     free = want > 0
@@ -115,91 +253,3 @@ def _fill(want: FloatArray, high: FloatArray, total: float) -> FloatArray:
             return np.where(free, shared, out)
         free &= ~over
     return out
-
-
-def _fresh() -> dict[str, Any]:
-    """What the policy knows of a task: the averages, the trial under way, the best trial, and the phase it is in."""
-    return {
-        "weight": 0.0,
-        "energy": 0.0,
-        "energy_peak": 0.0,
-        "signal": 0.0,
-        "signal_squares": 0.0,
-        "loss_weight": 0.0,
-        "loss": 0.0,
-        "loss_peak": 0.0,
-        "seen": 0,
-        "count": 0,
-        "sum": 0.0,
-        "squares": 0.0,
-        "warm": False,
-        "best": None,
-        "best_variance": 0.0,
-        "progress": 0,
-        "began": 0,
-        "on": True,
-        "rests_until": 0.0,
-    }
-
-
-def _enter_gradient(kept: dict[str, Any], energy: float, signal: float) -> None:
-    """Enter an appearance's energy and signal into their exponential averages."""
-    kept["weight"] = (1.0 - 1.0 / WINDOW) * kept["weight"] + 1.0
-    kept["energy"] += (energy - kept["energy"]) / kept["weight"]
-    if kept["weight"] > WINDOW / 2:
-        kept["energy_peak"] = max(kept["energy_peak"], kept["energy"])
-    if np.isfinite(signal):
-        kept["signal"] += (signal - kept["signal"]) / kept["weight"]
-        kept["signal_squares"] += (signal * signal - kept["signal_squares"]) / kept["weight"]
-
-
-def _enter_loss(kept: dict[str, Any], loss: float) -> None:
-    """Enter an appearance's loss into its average and the trial under way, and let the phase end where it is over."""
-    kept["loss_weight"] = (1.0 - 1.0 / WINDOW) * kept["loss_weight"] + 1.0
-    kept["loss"] += (loss - kept["loss"]) / kept["loss_weight"]
-    kept["loss_peak"] = max(kept["loss_peak"], kept["loss"])
-    kept["seen"] += 1
-    kept["count"] += 1
-    kept["sum"] += loss
-    kept["squares"] += loss * loss
-    if kept["count"] == TRIAL:
-        _judge(kept)
-    if kept["on"] and kept["seen"] >= max(GROWTH * kept["began"], kept["began"] + PATIENCE * TRIAL):
-        kept.update(on=False, rests_until=1.5 * kept["seen"])
-    elif not kept["on"] and kept["seen"] >= kept["rests_until"]:
-        kept.update(on=True, began=kept["seen"])
-
-
-def _judge(kept: dict[str, Any]) -> None:
-    """Whether the trial that is complete made progress on the best one."""
-    mean = kept["sum"] / TRIAL
-    variance = max(0.0, kept["squares"] / TRIAL - mean * mean) / TRIAL
-    kept.update(count=0, sum=0.0, squares=0.0)
-    needed = SIGNIFICANT if _trust(kept) == 1.0 else RESTORED
-    if not kept["warm"]:
-        # The first trial holds the fall from a fresh model's loss: no later one could be compared with it.
-        kept["warm"] = True
-    elif kept["best"] is None or kept["best"] - mean > needed * (variance + kept["best_variance"]) ** 0.5:
-        seen = kept["seen"]
-        kept.update(best=mean, best_variance=variance, progress=seen, began=seen, on=True)
-
-
-def _need(kept: dict[str, Any]) -> float:
-    """What is left to learn, in [0, 1]: by the gradients, and by the losses where they say less."""
-    by_gradient = kept["energy"] / kept["energy_peak"] if kept["energy_peak"] > 0 else 1.0
-    by_loss = kept["loss"] / kept["loss_peak"] if kept["loss_peak"] > 0 else 1.0
-    return float(min(1.0, by_gradient, by_loss))
-
-
-def _learns(kept: dict[str, Any]) -> bool:
-    """Whether the average signal is significantly positive, once half of the window is filled."""
-    if kept["weight"] <= WINDOW / 2:
-        return False
-    variance = max(0.0, kept["signal_squares"] - kept["signal"] ** 2)
-    return bool(kept["signal"] > SIGNIFICANT * (variance / kept["weight"]) ** 0.5)
-
-
-def _trust(kept: dict[str, Any]) -> float:
-    """How far a task that does not learn by its gradients is trusted, in [0, 1], by its last confirmed progress."""
-    allowed = max(GROWTH * kept["progress"], kept["progress"] + PATIENCE * TRIAL)
-    return float(min(1.0, allowed / max(1, kept["seen"])) ** DOUBT)
