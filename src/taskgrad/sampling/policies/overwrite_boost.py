@@ -1,4 +1,24 @@
-"""R1 ported (development)."""
+"""Share the budget among the rare tasks: away from those that are done, and from those that nothing speaks for.
+
+Every task rarer than an equal share (n_t / sum(n) < 1 / T) begins with an equal part of the budget. Every tenth report
+the parts are set anew, by three questions to each task, all of whose answers are kept over its appearances:
+
+- **Is there anything left?** The need is what is left of the gradients' energy n_t ||g_t||^2 (against its peak), and of
+  the loss (against its beginning), whichever is less. Below ``DONE`` a task's part goes back. Where examples were shown
+  more than ``PASSES`` times, low training losses say nothing, unless the policy is told that they are ``fresh``.
+- **Is it overwritten?** Of two tasks that are half learned, the one that learns unhindered soon needs nothing; the one
+  that the others undo as fast as it learns (an overwrite ratio rho of 1 or more) stays where it is. So the claim of a
+  task is full as long as its need is above ``FULL`` if it is overwritten, and falls with its need if it is not.
+- **Does anything speak for it?** Its loss falls (the last third of its history against the third before, by
+  ``FALLING`` standard errors), or its own pull is real and the others undo, by two standard errors, less than ``HELD``
+  times as much: noise has no pull of its own, and its rho is far above or undefined. A task whose loss has clearly
+  fallen since the beginning is proven. One that is not is trusted less as the time since the last evidence grows,
+  against the length of the run: a plateau cannot be told from noise by anything but time.
+
+A task keeps half an equal part (``BASE``) while it has any need; the rest is split by claim x trust. Unproven tasks get
+at most one equal part of the rest, proven ones ``CAP`` times their need. What nobody claims stays with the natural mix:
+the budget in force shrinks. docs/policy-log.md has the evidence for the rules and the constants.
+"""
 
 from __future__ import annotations
 
@@ -7,231 +27,147 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..arrays import FloatArray
+from ..arrays import BoolArray, FloatArray
 from .base import Policy, PolicyState
+from .history import Average, History
 from .updates import column, counted
 
-_TINY = 1e-12
 EVERY = 10
-BLOCK, BLOCKS = 16, 24
+"""Reports between decisions: what is kept is read and written that seldom."""
+ENOUGH = 150
+"""Appearances before anything is concluded from losses or from rho."""
 FIRST = 40
+"""Appearances in a loss's beginning: the lower of the first and the second so many, as an inflated start soon falls."""
+DONE, RELEASE = 0.02, 0.05
+"""Need below which a task gets nothing, and above it the stretch over which its base grows to the full one."""
+BASE, CUT = 0.5, 0.4
+"""Part that a task keeps while it has any need, and that of one no longer trusted, in equal parts."""
+CAP = 8.0
+"""Most of the rest that a proven task gets, in equal parts: beyond, the rest of the budget is not worth its price."""
+FULL = 0.3
+"""Need from which on the claim of an overwritten task is full."""
+FREE, OVERWRITTEN = 0.7, 1.1
+"""Overwrite ratios below which a task learns unhindered, and above which it does not."""
+HELD = 2.0
+"""Overwrite ratio under which a task's own pull speaks for it."""
+FALLING = 3.0
+"""Standard errors that a loss must have fallen by to speak for its task: noise exceeded them nowhere."""
+PROVEN, PROVEN_HELD_OUT = 0.95, 0.9
+"""Of its beginning, under which a training loss (by two standard errors) or a held-out one proves a task."""
+PASSES = 3.0
+GRACE = 0.15
+"""Part of the run over which evidence keeps its full weight."""
+DOUBT, SUSPICION, LAST = (0.3, 1.0), (0.7, 0.5), 0.85
+"""Trust in an unproven task falls between these (time without evidence, trust), and to 0 soon after the second; after
+``LAST`` of the run it is 0, unless the loss fell in the last ``STILL`` of it or the task is new."""
+STILL, NEW = 0.1, 0.3
+LEAST_TRUST = 0.3
+ASSUMED, LONGER = 2000, 1.5
+"""Batches of a run whose horizon is unknown: so many, or so many times those so far."""
+_TINY = 1e-12
 
 
 class OverwriteBoost(Policy):
-    guard_defaults: ClassVar[Mapping[str, float]] = {"budget": 0.05, "probe_every": 200}
-    # constants
-    base = 0.2
-    keep = 0.3
-    cut_base = 0.4
-    cap_unproven = 8.0
-    cap = 8.0
-    power = 2.0
-    k0, k1, mid = 0.3, 0.7, 0.5
-    recent = 0.15
-    z_last = 3.0
-    z_trend = 3.0
-    signal_evidence = True
-    z_trust = 2.0
-    relative = False
-    nil = 0.02
-    use_signal = True
-    use_losses = True
-    use_rho = True
-    rho = None
+    """The default policy; see the module's docstring. It reads ``examples``, ``norm``, ``overwrite`` and
+    ``overwrite_se`` of the reports; their ``loss`` where there is one (``batch.losses(per_example)``), and held-out
+    losses where ``sampler.observe`` is given any: each makes it better. Without losses nobody is distrusted.
 
-    def __init__(self, fresh: bool = False, **constants: Any) -> None:
+    ``fresh``: examples are new at every showing although the data set is finite (augmented, generated), so that low
+    training losses mean what they say. Streams (``shares=``) are fresh anyway.
+
+    Tasks in ``state.critical`` never fall below an equal part. Parts scale with ``state.importance``.
+    """
+
+    guard_defaults: ClassVar[Mapping[str, float]] = {"budget": 0.05, "probe_every": 200}
+
+    def __init__(self, fresh: bool = False) -> None:
+        if not isinstance(fresh, bool):
+            raise TypeError(f"fresh must be True or False, got {fresh!r}")
         self.fresh = fresh
-        for name, value in constants.items():
-            assert hasattr(self, name), name
-            setattr(self, name, value)
 
     def initial(self, state: PolicyState) -> FloatArray:
+        """A part for each rare task [T], equal but for their importance; all to the natural mix if no task is rare."""
         return _equal_parts(state)
 
     def weights(self, report: Any, state: PolicyState) -> FloatArray:
+        """Parts of the budget [T]; they sum to less than 1 where nobody claims the rest."""
         memory = state.memory
-        equal = _equal_parts(state)
         if not memory:
-            memory.update(reports=0, block=np.zeros((9, len(equal))).tolist(), parts=equal.tolist())
-        examples, norm, signal = counted(report), column(report, "norm"), column(report, "signal")
-        loss = column(report, "loss") if report.loss is not None and self.use_losses else np.full(len(equal), np.nan)
+            parts = _equal_parts(state).tolist()
+            memory.update(reports=0, sums=[[0.0] * len(parts)] * 5, losses=False, parts=parts, before=parts, kept={})
+        examples, norm = counted(report), column(report, "norm")
         seen = (examples > 0) & np.isfinite(norm)
-        energy = np.where(seen, examples * np.where(seen, norm, 0.0) ** 2, 0.0)
-        signals = seen & np.isfinite(signal)
-        signal = np.where(signals, signal, 0.0)
-        losses = seen & np.isfinite(loss)
-        loss = np.where(losses, loss, 0.0)
-        block = np.array(memory["block"]) + np.stack(
-            [seen, energy, signals, signal, signal**2, losses, loss, loss**2, seen * 0.0]
-        )
+        energy = np.where(seen, examples, 0.0) * np.square(np.where(seen, norm, 0.0))
+        loss = np.full(len(norm), np.nan) if report.loss is None else column(report, "loss")
+        told = seen & np.isfinite(loss)
+        loss = np.where(told, loss, 0.0)
+        sums = np.array(memory["sums"]) + np.stack([seen, energy, told, loss, np.square(loss)])
         memory["reports"] += 1
         if memory["reports"] % EVERY == 0:
-            rho, rho_se = column(report, "overwrite"), column(report, "overwrite_se")
-            pull, own = column(report, "pull"), column(report, "own_pull")
-            memory["parts"] = self.decide(block, (rho, rho_se, pull, own), state, equal).tolist()
-            block = np.zeros_like(block)
-        memory["block"] = block.tolist()
+            ratio = column(report, "overwrite"), column(report, "overwrite_se")
+            memory["before"], memory["parts"] = memory["parts"], self._decide(sums, ratio, state).tolist()
+            sums[:] = 0.0
+        memory["sums"] = sums.tolist()
         return np.array(memory["parts"])
 
-    def decide(self, block, pulls, state: PolicyState, equal: FloatArray) -> FloatArray:
+    def why(self, state: PolicyState) -> str:
+        """What moved the parts that changed most in the last decision, at most three, in about 120 characters."""
         memory = state.memory
-        count = len(equal)
-        rare = equal > 0
-        seen, energy, signals, signal, signal2, losses, loss, loss2, _ = block
-        k = float(state.step + 1)
-        h = float(state.horizon) if state.horizon else np.inf
-        kept = {name: np.array(v) for name, v in memory.get("kept", {}).items()} or fresh(count)
-        m = kept
-        enter(m, "energy", seen, energy, None, 200)
-        m["peak"] = np.where(m["energy_w"] > 100, np.maximum(m["peak"], m["energy"]), m["peak"])
-        enter(m, "signal", signals, signal, signal2, 200)
-        m["n"] += losses
-        first = (m["n"] <= FIRST) & (losses > 0)
-        enter(m, "loss0", np.where(first, losses, 0), np.where(first, loss, 0), np.where(first, loss2, 0), 1e9)
-        enter(m, "loss", losses, loss, loss2, 100)
-        push(m, losses, loss, loss2)
-        m["seen"] += seen
-        z = zscore(m["signal"], m["signal_2"], m["signal_w"]) * (m["signal_w"] > 100)
-        if not self.use_signal:
-            z = np.zeros_like(z)
-        trend = trend_z(m)
-        evidence = (m["seen"] > 150) & (
-            (trend > self.z_trend) & (m["n"] > 150) | ((z > self.z_last) & self.signal_evidence)
-        )
-        m["last"] = np.where(evidence, k, m["last"])
-        lossratio = np.where(m["n"] > FIRST, m["loss"] / np.maximum(m["loss0"], 1e-20), 1.0)
-        low = (m["n"] > 150) & (
-            m["loss"]
-            < 0.95 * m["loss0"]
-            - 2 * np.sqrt(var(m, "loss") / np.maximum(m["loss_w"], 1) + var(m, "loss0") / np.maximum(m["loss0_w"], 1))
-        )
-        m["able"] = np.maximum(m["able"], low)
-        heldout = self.observe(m, memory, state)
-        able = m["able"] > 0
-        need = np.where(m["peak"] > 0, m["energy"] / np.maximum(m["peak"], 1e-300), 1.0)
-        need = np.minimum(1.0, np.minimum(need, lossratio))
+        if not memory.get("kept"):
+            return "equal parts until the first decision"
+        parts, before = np.array(memory["parts"]), np.array(memory["before"])
+        out: list[str] = []
+        for t in np.argsort(-np.abs(parts - before), kind="stable")[:3]:
+            if abs(parts[t] - before[t]) < 1e-6:
+                break
+            share = 100 * float(parts[t]) * (state.budget or 1.0)
+            text = f"{state.tasks[t]}: {_reason(memory['kept'], int(t))}: part {share:.2g} %"
+            if out and len("; ".join([*out, text])) > 120:
+                break
+            out.append(text)
+        return "; ".join(out) or "no part changed"
+
+    def _decide(self, sums: FloatArray, ratio: tuple[FloatArray, FloatArray], state: PolicyState) -> FloatArray:
+        """Enter what the reports since the last decision summed up to, and set the parts [T]."""
+        memory, equal = state.memory, _equal_parts(state)
+        seen, energy, told, loss, squares = sums
+        kept = {name: np.array(values) for name, values in memory["kept"].items()} or _fresh(len(equal))
+        memory["losses"] = memory["losses"] or bool(told.any()) or state.eval_losses is not None
+        now = float(state.step + 1)
+        run = float(state.horizon) if state.horizon is not None else max(float(ASSUMED), LONGER * now)
+
+        kept["began"] = np.where((kept["seen"] == 0) & (seen > 0), now, kept["began"])
+        kept["seen"] += seen
+        average = Average(kept, "energy", 200)
+        average.enter(seen, energy)
+        kept["peak"] = np.where(average.weight > 100, np.maximum(kept["peak"], average.mean), kept["peak"])
+        left = np.where(average.weight > 100, average.mean / np.maximum(kept["peak"], 1e-300), 1.0)
+
+        need, low = _enter_losses(kept, told, loss, squares)
+        need = np.minimum(np.minimum(left, need), 1.0)
         if state.epochs is not None and not self.fresh:
-            need = np.where(state.epochs > 3, 1.0, need)
-        if heldout is not None:
-            able = able | (heldout < 0.9)
-            need = np.where(np.isnan(heldout), need, np.clip(heldout, 0, 1))
-        m["able"] = able * 1.0
-        u = np.maximum(k / h - np.maximum(0.0, m["last"] / h - self.recent), 0)
-        x = np.where(
-            u < self.k0,
-            1.0,
-            np.where(
-                u < self.k1,
-                1 - (1 - self.mid) * (u - self.k0) / (self.k1 - self.k0),
-                np.maximum(self.mid - 5 * (u - self.k1), 0),
-            ),
+            need = np.where(state.epochs > PASSES, 1.0, need)
+        held_out = _held_out(memory, state)
+        need = np.where(np.isnan(held_out), need, np.clip(held_out, 0.0, 1.0))
+        kept["proven"] = np.maximum(kept["proven"], low | (held_out < PROVEN_HELD_OUT))
+
+        falls, held = _evidence(kept, ratio, now)
+        silent = np.maximum(now - np.maximum(np.maximum(kept["last"], kept["began"]) - GRACE * run, 0.0), 0.0) / run
+        trust = np.interp(
+            silent, [DOUBT[0], SUSPICION[0], SUSPICION[0] + SUSPICION[1] / 5], [DOUBT[1], SUSPICION[1], 0]
         )
-        x = np.where(k > 0.85 * h, 0.0, x)
-        if memory.get("losses") is None:
-            memory["losses"] = False
-        memory["losses"] = memory["losses"] or bool(losses.sum() > 0) or heldout is not None
+        ends = (now > LAST * run) & (now - kept["fell"] > STILL * run) & (now - kept["began"] > NEW * run)
+        proven = kept["proven"] > 0
+        trust = np.where(proven, 1.0, np.where(ends, 0.0, trust))
         if not memory["losses"]:
-            x = np.ones_like(x)
-        trust = np.where(able, 1.0, x)
-        parts = self.split(equal, rare, able, trust, need, z, m, pulls)
-        memory["kept"] = {name: v.tolist() for name, v in m.items()}
-        return parts
+            # Gradients alone prove nobody wrong: all are trusted, and rho says who may have more than an equal part.
+            trust, proven = np.ones(len(equal)), (kept["last"] > 0) & (now - kept["last"] < NEW * run)
+        kept.update(need=need, trust=trust, falls=falls, ratio=np.where(np.isnan(ratio[0]), -1.0, ratio[0]))
+        memory["kept"] = {name: values.tolist() for name, values in kept.items()}
+        return _split(equal, need, trust, proven, held, state.critical)
 
-    def split(self, equal, rare, able, trust, need, z, m, pulls):
-        cut = trust < 0.3
-        want = np.where(
-            cut | ~rare, 0.0, equal * need**self.power * np.where((z > self.z_trust) & self.signal_evidence, 1.0, trust)
-        )
-        if self.relative:
-            need = np.maximum(need - self.nil, 0) / (1 - self.nil)
-            base = equal * np.where(cut, self.cut_base, (self.base + self.keep) * np.clip(need / 0.05, 0, 1))
-        else:
-            base = equal * np.where(cut, self.cut_base, self.base + self.keep * np.minimum(1, need / 0.05))
-        high = np.where(cut, 0.0, np.where(able, self.cap * need, self.cap_unproven * need)) * equal
-        return base + fill(want, high, 1 - float(base.sum()))
-
-    def observe(self, m, memory, state):
-        if state.eval_losses is None:
-            return None
-        count = memory.get("evaluations", 0)
-        v = np.array([state.eval_losses.get(t, np.nan) for t in state.tasks])
-        if state.evaluations != count:
-            memory["evaluations"] = state.evaluations
-            memory["held"] = memory.get("held", [])[-2:] + [[None if np.isnan(x) else x for x in v]]
-            if "held0" not in memory:
-                memory["held0"] = memory["held"][0]
-        held = np.array(memory["held"], dtype=float)
-        v0 = np.array(memory["held0"], dtype=float)
-        return held.mean(0) / np.maximum(v0, 1e-12) if len(held) == 3 else np.ones(len(v))
-
-
-def fresh(count):
-    z = np.zeros(count)
-    out = {}
-    for name in ("energy", "signal", "loss", "loss0"):
-        out.update({name: z.copy(), name + "_2": z.copy(), name + "_w": z.copy()})
-    out.update(
-        peak=z.copy(),
-        n=z.copy(),
-        seen=z.copy(),
-        last=z.copy(),
-        able=z.copy(),
-        blocks=np.zeros((count, BLOCKS, 3)),
-        filled=z.astype(int),
-        size=z + BLOCK,
-        current=np.zeros((count, 3)),
-    )
-    return out
-
-
-def enter(m, name, count, total, squares, window):
-    d = (1 - 1 / window) ** count
-    g = (1 - d) * window
-    w = d * m[name + "_w"] + g
-    f = g / np.maximum(w, 1e-9)
-    n = np.maximum(count, 1)
-    m[name] = m[name] + f * (total / n - m[name])
-    if squares is not None:
-        m[name + "_2"] = m[name + "_2"] + f * (squares / n - m[name + "_2"])
-    m[name + "_w"] = w
-
-
-def var(m, name):
-    return np.maximum(m[name + "_2"] - m[name] ** 2, 0)
-
-
-def zscore(mean, squares, weight):
-    return mean / np.sqrt(np.maximum(squares - mean**2, 1e-300) / np.maximum(weight, 1e-9))
-
-
-def push(m, n, total, squares):
-    m["current"] = m["current"] + np.stack([n, total, squares], 1)
-    full = np.flatnonzero(m["current"][:, 0] >= m["size"])
-    m["blocks"][full, m["filled"][full]] = m["current"][full]
-    m["current"][full] = 0
-    m["filled"][full] += 1
-    for t in np.flatnonzero(m["filled"] == BLOCKS):
-        m["blocks"][t, : BLOCKS // 2] = m["blocks"][t].reshape(BLOCKS // 2, 2, 3).sum(1)
-        m["filled"][t] = BLOCKS // 2
-        m["size"][t] *= 2
-
-
-def trend_z(m):
-    sums = np.concatenate([np.zeros((len(m["filled"]), 1, 3)), np.cumsum(m["blocks"], 1)], 1)
-    n = m["filled"]
-    third = np.maximum(2, n // 3)
-    rows = np.arange(len(n))
-    late = sums[rows, n] - sums[rows, np.maximum(n - third, 0)]
-    early = sums[rows, np.maximum(n - third, 0)] - sums[rows, np.maximum(n - 2 * third, 0)]
-
-    def moments(a):
-        c = np.maximum(a[:, 0], 1)
-        mean = a[:, 1] / c
-        return mean, np.maximum(a[:, 2] / c - mean**2, 0) / c
-
-    ml, vl = moments(late)
-    me, ve = moments(early)
-    return np.where(n >= 6, (me - ml) / np.sqrt(vl + ve + 1e-20), 0.0)
+    def __repr__(self) -> str:
+        return f"OverwriteBoost({'fresh=True' if self.fresh else ''})"
 
 
 def _equal_parts(state: PolicyState) -> FloatArray:
@@ -241,7 +177,85 @@ def _equal_parts(state: PolicyState) -> FloatArray:
     return out
 
 
-def fill(want: FloatArray, high: FloatArray, total: float) -> FloatArray:
+def _fresh(count: int) -> dict[str, Any]:
+    """What is kept of each task, arrays whose first dimension is [T]."""
+    names = ("seen", "told", "began", "last", "fell", "peak", "proven", "rho", "rho_weight")
+    kept = {name: np.zeros(count) for name in names}
+    for name in ("energy", "loss", "first", "second"):
+        Average.begin(kept, name, count)
+    History.begin(kept, count)
+    return kept
+
+
+def _enter_losses(
+    kept: dict[str, Any], told: FloatArray, loss: FloatArray, squares: FloatArray
+) -> tuple[FloatArray, BoolArray]:
+    """Enter ``told`` losses per task that sum to ``loss``, their squares to ``squares``; gives the loss over that of the
+    beginning [T], 1 before there is one, and whether it is clearly below it, bool [T]."""
+    kept["told"] += told
+    first, second, recent = Average(kept, "first", None), Average(kept, "second", None), Average(kept, "loss", 100)
+    early = kept["told"] <= FIRST
+    first.enter(*(np.where(early, x, 0.0) for x in (told, loss, squares)))
+    early = ~early & (kept["told"] <= 2 * FIRST)
+    second.enter(*(np.where(early, x, 0.0) for x in (told, loss, squares)))
+    recent.enter(told, loss, squares)
+    History(kept).enter(told, loss, squares)
+    lower = (second.weight > 0) & (second.mean < first.mean)
+    start = np.where(lower, second.mean, first.mean)
+    error = np.sqrt(recent.error**2 + np.where(lower, second.error, first.error) ** 2)
+    low = (kept["told"] > ENOUGH) & (recent.mean < PROVEN * start - 2.0 * error)
+    known = (kept["told"] > FIRST) & (start > 0)
+    return np.where(known, np.maximum(recent.mean, 0.0) / np.where(known, start, 1.0), 1.0), low
+
+
+def _held_out(memory: dict[str, Any], state: PolicyState) -> FloatArray:
+    """Mean of the last three held-out losses over the beginning [T]; NaN where there are no three yet. The beginning is
+    the lowest of the first three, but at least .3 of the first: that may be inflated, and a task may be quick."""
+    if state.eval_losses is not None and memory.get("evaluations") != state.evaluations:
+        given = [state.eval_losses.get(task) for task in state.tasks]
+        first, recent = memory.setdefault("held_out", [[], []])
+        memory["evaluations"] = state.evaluations
+        if len(first) < 3:
+            first.append(given)
+        memory["held_out"][1] = [*recent, given][-3:]
+    first, recent = memory.get("held_out", [[], []])
+    if len(recent) < 3:
+        return np.full(len(state.tasks), np.nan)
+    values = np.array(first, dtype=np.float64)
+    start = np.maximum(values.min(0), 0.3 * values[0])
+    return np.asarray(np.array(recent, dtype=np.float64).mean(0) / np.where(start > 0, start, np.nan))
+
+
+def _evidence(kept: dict[str, Any], ratio: tuple[FloatArray, FloatArray], now: float) -> tuple[FloatArray, FloatArray]:
+    """Note what speaks for whom; gives by how many standard errors each loss fell [T], and how far each task is held
+    down by the others, from 0 to 1 [T]."""
+    rho, error = ratio
+    known = np.isfinite(rho)
+    kept["rho_weight"] = np.where(known, 0.95 * kept["rho_weight"] + 1.0, kept["rho_weight"])
+    step = (np.where(known, np.minimum(rho, 5.0), 0.0) - kept["rho"]) / np.maximum(kept["rho_weight"], 1.0)
+    kept["rho"] = np.where(known, kept["rho"] + step, kept["rho"])
+    falls = History(kept).fall()
+    fell = (falls > FALLING) & (kept["told"] > ENOUGH)
+    speaks = (rho + 2.0 * error < HELD) & (kept["seen"] > ENOUGH)
+    kept["fell"] = np.where(fell, now, kept["fell"])
+    kept["last"] = np.where(fell | speaks, now, kept["last"])
+    held = np.where(known, np.clip((kept["rho"] - FREE) / (OVERWRITTEN - FREE), 0.0, 1.0), 0.0)
+    return falls, held
+
+
+def _split(
+    equal: FloatArray, need: FloatArray, trust: FloatArray, proven: BoolArray, held: FloatArray, critical: BoolArray
+) -> FloatArray:
+    """Parts [T] from the equal ones; see the module's docstring."""
+    cut = trust < LEAST_TRUST
+    claim = np.square(np.minimum(1.0, need / (1.0 - (1.0 - FULL) * held)))
+    want = np.where(cut, 0.0, equal * claim * trust)
+    left = np.maximum(need - DONE, 0.0) / (1.0 - DONE)
+    base = equal * np.where(critical, 1.0, np.where(cut, CUT, BASE * np.minimum(1.0, left / RELEASE)))
+    return base + _fill(want, equal * left * np.where(proven, CAP, 1.0), 1.0 - float(base.sum()))
+
+
+def _fill(want: FloatArray, high: FloatArray, total: float) -> FloatArray:
     """min(c x want, high) [T] with the factor c for which it sums to ``total``; ``high`` where that is not enough."""
     out = np.where(want > 0, high, 0.0)
     free = want > 0
@@ -253,3 +267,18 @@ def fill(want: FloatArray, high: FloatArray, total: float) -> FloatArray:
             return np.where(free, shared, out)
         free &= ~over
     return out
+
+
+def _reason(kept: Mapping[str, Any], t: int) -> str:
+    """Why task ``t`` has the part it has, in words and numbers."""
+    need, trust, ratio, falls = (float(kept[name][t]) for name in ("need", "trust", "ratio", "falls"))
+    if need < DONE + RELEASE:
+        return f"done (need {need:.2g})"
+    words = []
+    if ratio >= 0:
+        words.append(f"others undo {ratio:.1f} of its pull")
+    if falls > FALLING:
+        words.append(f"loss still falling (z {falls:.1f})")
+    if trust < 1:
+        words.append(f"no progress shown (trust {trust:.1f})")
+    return ", ".join(words) or f"need {need:.2g}"
