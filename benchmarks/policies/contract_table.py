@@ -1,68 +1,126 @@
-"""The contract's table from the lines that ``contract`` wrote."""
+"""The contract's table in Markdown, from the lines that ``contract`` wrote.
+
+python -m benchmarks.policies.contract_table [benchmarks/results/contract.jsonl]
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .contract import BELOW, FURTHER, RESULTS, SEEDS, read
+from .contract import BELOW, ENTRIES, FURTHER, RESULTS, SEEDS, read
+
+Lines = Mapping[Any, dict[str, Any]]
+MASTERED = 0.98
+"""Score at half the run of every rare task, under the equal split, where nobody needs the budget."""
 
 
-def summary(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    by = {(x["family"], x["scenario"], x["policy"], tuple(x["seeds"])): x for x in lines}
-    keys = [(f, n) for f, n, p, s in by if p == name and s == tuple(SEEDS)]
-    get = lambda key, policy, seeds=SEEDS: by[(*key, policy, tuple(seeds))]
-    diff = {key: np.subtract(get(key, name)["rare"], get(key, "equal")["rare"]) for key in keys}
-    below, lowest = [], 0.0
+@dataclass
+class Verdict:
+    """One policy against the equal split, over the scenarios that it was run on."""
+
+    name: str
+    scenarios: int = 0
+    mean: float = 0.0
+    error: float = 0.0
+    lowest: float = 0.0  # of the four-seed means
+    below: list[str] = field(default_factory=list)  # scenarios, as the twelve further seeds say
+    lowest_further: float = 0.0
+    judged: bool = False
+    noise: float = np.nan
+    noise_end: float = np.nan
+    quiet: float = np.nan  # part of the scenarios with noise in which it ends under half an equal part
+    back: float = np.nan  # budget in force at the end where nobody needs it
+    back_most: float = np.nan
+    frequent: float = np.nan  # there, of frequent tasks: score above natural's
+    families: dict[str, float] = field(default_factory=dict)
+
+
+def verdict(lines: Lines, name: str) -> Verdict:
+    """What the contract asks of the policy ``name``."""
+    keys = [key[:2] for key in lines if key[2:] == (name, SEEDS)]
+    ours = {key: lines[(*key, name, SEEDS)] for key in keys}
+    base = {key: lines[(*key, "equal", SEEDS)] for key in keys}
+    gain = {key: float(np.mean(ours[key]["rare"]) - np.mean(base[key]["rare"])) for key in keys}
+    means = np.array(list(gain.values()))
+    out = Verdict(name, len(keys), float(means.mean()), _error(means), float(means.min()), judged=ENTRIES[name].judged)
     for key in keys:
-        if diff[key].mean() <= BELOW and (*key, name, tuple(FURTHER)) in by:
-            d = np.subtract(get(key, name, FURTHER)["rare"], get(key, "equal", FURTHER)["rare"])
-            mean, se = d.mean(), d.std(ddof=1) / len(d) ** 0.5
-            lowest = min(lowest, mean)
-            if mean <= BELOW and mean + 2 * se < 0:
-                below.append((key, round(float(mean), 3)))
-    means = np.array([diff[key].mean() for key in keys])
-    noisy = [get(key, name) for key in keys if "noise" in get(key, name)]
-    needless = [key for key in keys if "noise" not in get(key, "equal") and get(key, "equal")["half"] >= 0.98]
-    out = {
-        "n": len(keys),
-        "mean": means.mean(),
-        "se": means.std(ddof=1) / len(means) ** 0.5,
-        "below": below,
-        "lowest": lowest,
-        "worst4": means.min(),
-        "noise": np.mean([np.mean(x["noise"]) for x in noisy]) if noisy else np.nan,
-        "noise_end": np.mean([np.mean(x["noise_end"]) for x in noisy]) if noisy else np.nan,
-        "noise_ok": np.mean([np.mean(x["noise_end"]) < 0.5 for x in noisy]) if noisy else np.nan,
-        "needless": len(needless),
-        "give_back": np.mean([np.mean(get(k, name)["budget_end"]) for k in needless]) if needless else np.nan,
-        "worst_back": np.max([np.mean(get(k, name)["budget_end"]) for k in needless]) if needless else np.nan,
-        "families": {
-            f: np.mean([diff[k].mean() for k in keys if k[0] == f]) for f in dict.fromkeys(k[0] for k in keys)
-        },
-    }
-    if needless and (*needless[0], "natural", tuple(SEEDS)) in by:
-        out["frequent"] = np.mean(
-            [np.mean(get(k, name)["frequent"]) - np.mean(get(k, "natural")["frequent"]) for k in needless]
-        )
+        if gain[key] <= BELOW and out.judged:
+            pair = [np.array(lines[(*key, each, FURTHER)]["rare"]) for each in (name, "equal")]
+            further = pair[0] - pair[1]
+            out.lowest_further = min(out.lowest_further, float(further.mean()))
+            if further.mean() <= BELOW and further.mean() + 2 * _error(further) < 0:
+                out.below.append(f"{key[0]} {key[1]} {further.mean():+.3f}")
+    noisy = [line for line in ours.values() if "noise" in line]
+    if noisy:
+        ends = np.array([np.mean(line["noise_end"]) for line in noisy])
+        out.noise = float(np.mean([np.mean(line["noise"]) for line in noisy]))
+        out.noise_end, out.quiet = float(ends.mean()), float((ends < 0.5).mean())
+    needless = needless_scenarios(lines, keys)
+    if needless:
+        left = [float(np.mean(ours[key]["budget_end"])) for key in needless]
+        out.back, out.back_most = float(np.mean(left)), max(left)
+        natural = [lines[(*key, "natural", SEEDS)] for key in needless if (*key, "natural", SEEDS) in lines]
+        if len(natural) == len(needless):
+            pairs = zip(needless, natural, strict=True)
+            out.frequent = float(np.mean([np.mean(ours[k]["frequent"]) - np.mean(n["frequent"]) for k, n in pairs]))
+    for family in dict.fromkeys(key[0] for key in keys):
+        out.families[family] = float(np.mean([gain[key] for key in keys if key[0] == family]))
     return out
+
+
+def needless_scenarios(lines: Lines, keys: list[Any]) -> list[Any]:
+    """Scenarios without noise in which the equal split masters every rare task in half the run."""
+    equal = {key: lines[(*key, "equal", SEEDS)] for key in keys}
+    return [key for key in keys if "noise" not in equal[key] and equal[key]["half"] >= MASTERED]
+
+
+def _error(values: Any) -> float:
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+
+
+def render(lines: Lines) -> str:
+    """The tables: of all policies, and of families."""
+    verdicts = [verdict(lines, name) for name in ENTRIES if any(key[2] == name for key in lines)]
+    heads = ["policy", "scenarios", "to equal, mean ± se", "lowest of 4 seeds", "below after 12 (lowest)", "noise, mean / end",
+             "noise ends < .5", "budget at end, nobody needs it (most)", "frequent there, to natural"]  # fmt: skip
+    out = [_row(heads), _row(["---"] * len(heads))]
+    for v in verdicts:
+        below = f"{len(v.below)} ({v.lowest_further:+.3f})" if v.judged else ""
+        out.append(_row([
+            v.name, str(v.scenarios), f"{v.mean:+.4f} ± {v.error:.4f}", f"{v.lowest:+.3f}", below,
+            f"{v.noise:.2f} / {v.noise_end:.2f}", f"{100 * v.quiet:.0f} %", f"{v.back:.2f} ({v.back_most:.2f})",
+            f"{v.frequent:+.4f}",
+        ]))  # fmt: skip
+    keys = [key[:2] for key in lines if key[2:] == ("equal", SEEDS)]
+    noisy = sum("noise" in lines[(*key, "equal", SEEDS)] for key in keys)
+    out.append(
+        f"\n{len(keys)} scenarios; {noisy} with noise; nobody needs it in {len(needless_scenarios(lines, keys))}."
+    )
+    out += [f"Below: {v.name}: {', '.join(v.below)}." for v in verdicts if v.below]
+    families = list(dict.fromkeys(key[0] for key in keys))
+    out += ["", _row(["to equal, by family", *families]), _row(["---"] * (1 + len(families)))]
+    out += [_row([v.name, *(f"{v.families[f]:+.3f}" if f in v.families else "" for f in families)]) for v in verdicts]
+    return "\n".join(out)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.policies.contract_table", description=__doc__)
     parser.add_argument("results", type=Path, nargs="*", default=[RESULTS])
     args = parser.parse_args()
-    lines = [x for path in args.results for x in read(path)]
-    for name in dict.fromkeys(x["policy"] for x in lines):
-        o = summary(lines, name)
-        print(
-            f"{name:28s} n {o['n']} {o['mean']:+.4f} ± {o['se']:.4f} below {len(o['below'])} low12 {o['lowest']:+.3f} worst4 {o['worst4']:+.3f} | noise {o['noise']:.2f} end {o['noise_end']:.2f} ok {o['noise_ok']:.2f} | back({o['needless']}) {o['give_back']:.2f} max {o['worst_back']:.2f} freq {o.get('frequent', np.nan):+.4f} | "
-            + " ".join(f"{f} {v:+.3f}" for f, v in o["families"].items())
-            + f" {o['below']}"
-        )
+    lines: dict[Any, dict[str, Any]] = {}
+    for path in args.results:
+        lines |= read(path)
+    print(render(lines))
 
 
 if __name__ == "__main__":

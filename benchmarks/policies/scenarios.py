@@ -17,8 +17,8 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 World = Callable[[np.random.Generator, int], tuple[Floats, Floats]]
-"""(generator, n) -> x [n, inputs] and y [T, n], the label that each task gives to each of the n rows: a class from 0, or
-a number for regression. What defines the tasks (their bits, their label maps) is drawn from the generator too."""
+"""(generator, n) -> x [n, inputs] and y [T, n], the label that each task gives to each of the n rows: a class from 0,
+or a number for regression. What defines the tasks (their bits, their label maps) is drawn from the generator too."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ def _log(rng: np.random.Generator, low: float, high: float) -> float:
 def _usual(
     rng: np.random.Generator, world: World, classes: int, tasks: int, frequent: int, thin: float = 1.0, **fixed: Any
 ) -> Scenario:
-    """6 to 32 tasks of which the first ``frequent`` are frequent and the last up to 30 % of the rare ones noise; a budget
-    of 3 to 30 %, SGD or Adam. ``thin``: factor on the rare tasks' shares; ``fixed``: what the family says itself."""
+    """6 to 32 tasks of which the first ``frequent`` are frequent and the last up to 30 % of the rare ones noise; a
+    budget of 3 to 30 %, SGD or Adam. ``thin``: factor on the rare tasks' shares; ``fixed``: what the family says."""
     rare = tasks - frequent
-    noise = int(round(rng.uniform(0, 0.3) * rare)) if rng.random() < 0.75 else 0
+    noise = round(rng.uniform(0, 0.3) * rare) if rng.random() < 0.75 else 0
     shares = np.exp(rng.normal(0, rng.uniform(0, 0.6), rare))
     shares = thin * np.minimum(shares / shares.sum() * rng.uniform(0.04, 0.25), 0.8 / tasks)
     natural = np.concatenate([np.full(frequent, (1 - shares.sum()) / frequent), shares])

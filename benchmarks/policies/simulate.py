@@ -25,8 +25,8 @@ END = 0.1
 
 @dataclass(frozen=True)
 class Data:
-    """Rows [N, inputs] and labels [T, N] for training, observing and scoring; ``drawn``: for each example of the data set
-    its row, tasks one after the other, None where examples are fresh; ``start``: the network's first parameters."""
+    """Rows [N, inputs] and labels [T, N] for training, observing and scoring; ``drawn``: for each example of the data
+    set its row, tasks one after the other, None where examples are fresh; ``start``: the network's first parameters."""
 
     x: Floats
     y: Floats
@@ -64,22 +64,23 @@ def _no_label(scenario: Scenario, rng: np.random.Generator, n: int) -> Floats:
 
 @dataclass(frozen=True)
 class How:
-    """How a policy is run: ``guarded`` by the scenario's budget, which of the ``losses`` it gets to see, whether the
-    held-out ones are ``observed``; ``gram``: whether reports hold the tasks' inner products."""
+    """How a policy is run: ``guarded`` by the scenario's budget or free; whether reports hold ``losses``, the overwrite
+    ratio ``rho`` and the tasks' inner products (``gram``); whether held-out losses are ``observed``."""
 
     guarded: bool = True
     losses: bool = True
+    rho: bool = True
     observed: bool = False
     gram: bool = False
 
 
-def run(scenario: Scenario, given: Data, seed: int, policy: Any, how: How = How()) -> dict[str, Any]:  # noqa: B008
+def run(scenario: Scenario, given: Data, seed: int, policy: Any, how: How = How()) -> dict[str, Any]:
     """Train once and say how it went: JSON-able.
 
-    ``scores`` [T]: held-out score over the last tenth, 0 for guessing, 1 for perfect (regression: 1 - error / variance);
-    ``half``: the same at half the run. ``parts`` and ``end`` [T]: what the policy asked for, as parts of the budget, on
+    ``scores`` [T]: held-out score over the last tenth, 0 for guessing, 1 for perfect (regression: 1 - error /
+    variance); ``half``: the same at half the run. ``parts`` and ``end`` [T]: what the policy asked for, as parts of the budget, on
     average over the run and over its last tenth; unguarded ones: what went beyond the natural mix, over the budget.
-    ``mean`` [T]: weights in force.
+    ``mean`` [T]: weights in force. ``held_out`` [T]: losses at the end, on the rows that are observed.
     """
     began = time.perf_counter()
     count, steps = len(scenario.natural), scenario.steps
@@ -115,6 +116,8 @@ def run(scenario: Scenario, given: Data, seed: int, policy: Any, how: How = How(
         report = simulator.step(given.x[rows], task, labels, gram=how.gram)
         if not how.losses:
             report.loss = None
+        if not how.rho:
+            report.overwrite = report.overwrite_se = np.full(count, np.nan)
         if k % 10 == 0:
             weights.append(sampler.weights)
         sampler.update(report, lr=scenario.rate)
@@ -131,6 +134,7 @@ def run(scenario: Scenario, given: Data, seed: int, policy: Any, how: How = How(
     return {
         "scores": np.mean(scored, axis=0).tolist(), "half": half.tolist(), "parts": parts.mean(0).tolist(),
         "end": parts[-last:].mean(0).tolist(), "mean": mixes.mean(0).tolist(),
+        "held_out": simulator.evaluate(*given.observed)[0].tolist(),
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
 

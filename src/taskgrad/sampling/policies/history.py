@@ -1,5 +1,5 @@
-"""What policies keep of a task's losses: averages, and blocks of growing size. All of it lives in a dict of arrays whose
-first dimension is the task, so that it can be saved as it is."""
+"""What policies keep of a task's losses: averages, and blocks of growing size. All of it lives in a dict of arrays with
+one value per task, so that it can be saved as it is."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ GRACE = 0.15
 """Part of the run over which evidence keeps its full weight."""
 DOUBT, SUSPICION, LAST = (0.3, 1.0), (0.7, 0.5), 0.85
 """Trust in an unproven task falls between these (time without evidence, trust), and to 0 soon after the second; after
-``LAST`` of the run it is 0, unless the loss fell in the last ``STILL`` of it or the task is new."""
-STILL, NEW = 0.1, 0.3
+``LAST`` of the run it is 0, unless the task appeared within the last ``NEW`` of it."""
+NEW = 0.3
 LEAST_TRUST = 0.3
 ASSUMED, LONGER = 2000, 1.5
 """Batches of a run whose horizon is unknown: so many, or so many times those so far."""
@@ -156,7 +156,7 @@ class OverwriteBoost(Policy):
         trust = np.interp(
             silent, [DOUBT[0], SUSPICION[0], SUSPICION[0] + SUSPICION[1] / 5], [DOUBT[1], SUSPICION[1], 0]
         )
-        ends = (now > LAST * run) & (now - kept["fell"] > STILL * run) & (now - kept["began"] > NEW * run)
+        ends = (now > LAST * run) & (now - kept["began"] > NEW * run)
         proven = kept["proven"] > 0
         trust = np.where(proven, 1.0, np.where(ends, 0.0, trust))
         if not memory["losses"]:
@@ -179,7 +179,7 @@ def _equal_parts(state: PolicyState) -> FloatArray:
 
 def _fresh(count: int) -> dict[str, Any]:
     """What is kept of each task, arrays whose first dimension is [T]."""
-    names = ("seen", "told", "began", "last", "fell", "peak", "proven", "rho", "rho_weight")
+    names = ("seen", "told", "began", "last", "peak", "proven", "rho", "rho_weight")
     kept = {name: np.zeros(count) for name in names}
     for name in ("energy", "loss", "first", "second"):
         Average.begin(kept, name, count)
@@ -190,8 +190,8 @@ def _fresh(count: int) -> dict[str, Any]:
 def _enter_losses(
     kept: dict[str, Any], told: FloatArray, loss: FloatArray, squares: FloatArray
 ) -> tuple[FloatArray, BoolArray]:
-    """Enter ``told`` losses per task that sum to ``loss``, their squares to ``squares``; gives the loss over that of the
-    beginning [T], 1 before there is one, and whether it is clearly below it, bool [T]."""
+    """Enter ``told`` losses per task that sum to ``loss``, their squares to ``squares``; gives the loss over that of
+    the beginning [T], 1 before there is one, and whether it is clearly below it, bool [T]."""
     kept["told"] += told
     first, second, recent = Average(kept, "first", None), Average(kept, "second", None), Average(kept, "loss", 100)
     early = kept["told"] <= FIRST
@@ -237,7 +237,6 @@ def _evidence(kept: dict[str, Any], ratio: tuple[FloatArray, FloatArray], now: f
     falls = History(kept).fall()
     fell = (falls > FALLING) & (kept["told"] > ENOUGH)
     speaks = (rho + 2.0 * error < HELD) & (kept["seen"] > ENOUGH)
-    kept["fell"] = np.where(fell, now, kept["fell"])
     kept["last"] = np.where(fell | speaks, now, kept["last"])
     held = np.where(known, np.clip((kept["rho"] - FREE) / (OVERWRITTEN - FREE), 0.0, 1.0), 0.0)
     return falls, held
