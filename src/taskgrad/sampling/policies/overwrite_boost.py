@@ -52,7 +52,7 @@ HELD = 2.0
 """Overwrite ratio under which a task's own pull speaks for it."""
 FALLING = 3.0
 """Standard errors that a loss must have fallen by to speak for its task: noise exceeded them nowhere."""
-PROVEN, PROVEN_HELD_OUT = 0.95, 0.9
+PROVEN, PROVEN_HELD_OUT = 0.95, 0.8
 """Of its beginning, under which a training loss (by two standard errors) or a held-out one proves a task."""
 PASSES = 3.0
 GRACE = 0.15
