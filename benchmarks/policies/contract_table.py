@@ -87,8 +87,10 @@ def _error(values: Any) -> float:
 def render(lines: Lines) -> str:
     """The tables: of all policies, and of families."""
     verdicts = [verdict(lines, name) for name in ENTRIES if any(key[2] == name for key in lines)]
-    heads = ["policy", "scenarios", "to equal, mean ± se", "lowest of 4 seeds", "below after 12 (lowest)", "noise, mean / end",
-             "noise ends < .5", "budget at end, nobody needs it (most)", "frequent there, to natural"]  # fmt: skip
+    heads = [
+        "policy", "scenarios", "to equal, mean ± se", "lowest of 4 seeds", "below after 12 (lowest)",
+        "noise, mean / end", "noise ends < .5", "budget at end, nobody needs it (most)", "frequent there, to natural",
+    ]  # fmt: skip
     out = [_row(heads), _row(["---"] * len(heads))]
     for v in verdicts:
         below = f"{len(v.below)} ({v.lowest_further:+.3f})" if v.judged else ""

@@ -78,8 +78,8 @@ def run(scenario: Scenario, given: Data, seed: int, policy: Any, how: How = How(
     """Train once and say how it went: JSON-able.
 
     ``scores`` [T]: held-out score over the last tenth, 0 for guessing, 1 for perfect (regression: 1 - error /
-    variance); ``half``: the same at half the run. ``parts`` and ``end`` [T]: what the policy asked for, as parts of the budget, on
-    average over the run and over its last tenth; unguarded ones: what went beyond the natural mix, over the budget.
+    variance); ``half``: the same at half the run. ``parts`` and ``end`` [T]: what the policy asked for, as parts of the
+    budget, on average over the run and over its last tenth; unguarded: what went beyond the natural mix, over it.
     ``mean`` [T]: weights in force. ``held_out`` [T]: losses at the end, on the rows that are observed.
     """
     began = time.perf_counter()

@@ -250,7 +250,8 @@ def _split(
     claim = np.square(np.minimum(1.0, need / (1.0 - (1.0 - FULL) * held)))
     want = np.where(cut, 0.0, equal * claim * trust)
     left = np.maximum(need - DONE, 0.0) / (1.0 - DONE)
-    base = equal * np.where(critical, 1.0, np.where(cut, CUT, BASE * np.minimum(1.0, left / RELEASE)))
+    base = np.where(cut, CUT, BASE) * np.minimum(1.0, left / RELEASE)
+    base = equal * np.where(critical, 1.0, base)
     return base + _fill(want, equal * left * np.where(proven, CAP, 1.0), 1.0 - float(base.sum()))
 
 
