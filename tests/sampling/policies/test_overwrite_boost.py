@@ -280,6 +280,17 @@ def test_losses_that_are_no_numbers_are_left_out(bad: float) -> None:
     json.dumps(run.memory, allow_nan=False)
 
 
+def test_a_task_without_losses_among_others_is_not_distrusted() -> None:
+    silent, noise, learner = end(Course(loss=NAN), NOISE, LEARNER)
+    assert noise == pytest.approx(CUT) and silent == pytest.approx(learner, rel=0.1)
+
+
+def test_losses_may_be_negative() -> None:
+    """Log-likelihoods of densities: no ratio says what is left, but a fall is a fall, and a level is none."""
+    flat, falling = end(Course(loss=-1.0), Course(loss=lambda u: 0.5 - 2 * u))
+    assert flat == pytest.approx(CUT) and falling == pytest.approx(2 - CUT)
+
+
 def test_memory_is_plain_data_and_all_there_is() -> None:
     run = Run((MASTERED, LEARNER, NOISE), observed={"first": lambda u: 1.0 - 0.5 * u})
     run.go(1234)

@@ -55,6 +55,7 @@ FALLING = 3.0
 PROVEN, PROVEN_HELD_OUT = 0.95, 0.8
 """Of its beginning, under which a training loss (by two standard errors) or a held-out one proves a task."""
 PASSES = 3.0
+"""Passes over a task's examples after which a low training loss may be memory."""
 GRACE = 0.15
 """Part of the run over which evidence keeps its full weight."""
 DOUBT, SUSPICION, LAST = (0.3, 1.0), (0.7, 0.5), 0.85
@@ -62,6 +63,7 @@ DOUBT, SUSPICION, LAST = (0.3, 1.0), (0.7, 0.5), 0.85
 ``LAST`` of the run it is 0, unless the task appeared within the last ``NEW`` of it."""
 NEW = 0.3
 LEAST_TRUST = 0.3
+"""Below it a task is cut."""
 ASSUMED, LONGER = 2000, 1.5
 """Batches of a run whose horizon is unknown: so many, or so many times those so far."""
 _TINY = 1e-12
@@ -70,7 +72,8 @@ _TINY = 1e-12
 class OverwriteBoost(Policy):
     """The default policy; see the module's docstring. It reads ``examples``, ``norm``, ``overwrite`` and
     ``overwrite_se`` of the reports; their ``loss`` where there is one (``batch.losses(per_example)``), and held-out
-    losses where ``sampler.observe`` is given any: each makes it better. Without losses nobody is distrusted.
+    losses where ``sampler.observe`` is given any: each makes it better. Tasks without any
+    loss are not distrusted.
 
     ``fresh``: examples are new at every showing although the data set is finite (augmented, generated), so that low
     training losses mean what they say. Streams (``shares=``) are fresh anyway.
@@ -94,7 +97,7 @@ class OverwriteBoost(Policy):
         memory = state.memory
         if not memory:
             parts = _equal_parts(state).tolist()
-            memory.update(reports=0, sums=[[0.0] * len(parts)] * 5, losses=False, parts=parts, before=parts, kept={})
+            memory.update(reports=0, sums=[[0.0] * len(parts)] * 5, parts=parts, before=parts, kept={})
         examples, norm = counted(report), column(report, "norm")
         seen = (examples > 0) & np.isfinite(norm)
         energy = np.where(seen, examples, 0.0) * np.square(np.where(seen, norm, 0.0))
@@ -132,7 +135,6 @@ class OverwriteBoost(Policy):
         memory, equal = state.memory, _equal_parts(state)
         seen, energy, told, loss, squares = sums
         kept = {name: np.array(values) for name, values in memory["kept"].items()} or _fresh(len(equal))
-        memory["losses"] = memory["losses"] or bool(told.any()) or state.eval_losses is not None
         now = float(state.step + 1)
         run = float(state.horizon) if state.horizon is not None else max(float(ASSUMED), LONGER * now)
 
@@ -141,7 +143,8 @@ class OverwriteBoost(Policy):
         average = Average(kept, "energy", 200)
         average.enter(seen, energy)
         kept["peak"] = np.where(average.weight > 100, np.maximum(kept["peak"], average.mean), kept["peak"])
-        left = np.where(average.weight > 100, average.mean / np.maximum(kept["peak"], 1e-300), 1.0)
+        peak = np.where(kept["peak"] > 0, kept["peak"], np.inf)  # a gradient of 0 leaves nothing to learn
+        left = np.where(average.weight > 100, average.mean / peak, 1.0)
 
         need, low = _enter_losses(kept, told, loss, squares)
         need = np.minimum(np.minimum(left, need), 1.0)
@@ -159,9 +162,10 @@ class OverwriteBoost(Policy):
         ends = (now > LAST * run) & (now - kept["began"] > NEW * run)
         proven = kept["proven"] > 0
         trust = np.where(proven, 1.0, np.where(ends, 0.0, trust))
-        if not memory["losses"]:
-            # Gradients alone prove nobody wrong: all are trusted, and rho says who may have more than an equal part.
-            trust, proven = np.ones(len(equal)), (kept["last"] > 0) & (now - kept["last"] < NEW * run)
+        # Gradients alone prove nobody wrong: such tasks are trusted, and rho says which may have more than a part.
+        judged = (kept["told"] > 0) | ~np.isnan(held_out)
+        trust = np.where(judged, trust, 1.0)
+        proven = np.where(judged, proven, (kept["last"] > 0) & (now - kept["last"] < NEW * run))
         kept.update(need=need, trust=trust, falls=falls, ratio=np.where(np.isnan(ratio[0]), -1.0, ratio[0]))
         memory["kept"] = {name: values.tolist() for name, values in kept.items()}
         return _split(equal, need, trust, proven, held, state.critical)
@@ -203,9 +207,11 @@ def _enter_losses(
     lower = (second.weight > 0) & (second.mean < first.mean)
     start = np.where(lower, second.mean, first.mean)
     error = np.sqrt(recent.error**2 + np.where(lower, second.error, first.error) ** 2)
-    low = (kept["told"] > ENOUGH) & (recent.mean < PROVEN * start - 2.0 * error)
-    known = (kept["told"] > FIRST) & (start > 0)
-    return np.where(known, np.maximum(recent.mean, 0.0) / np.where(known, start, 1.0), 1.0), low
+    low = (kept["told"] > ENOUGH) & (recent.mean < start - (1.0 - PROVEN) * np.abs(start) - 2.0 * error)
+    known = (
+        (kept["told"] > FIRST) & (start > 0) & (recent.mean >= 0)
+    )  # of a loss that goes below 0 nobody knows the end
+    return np.where(known, recent.mean / np.where(known, start, 1.0), 1.0), low
 
 
 def _held_out(memory: dict[str, Any], state: PolicyState) -> FloatArray:
@@ -223,7 +229,8 @@ def _held_out(memory: dict[str, Any], state: PolicyState) -> FloatArray:
         return np.full(len(state.tasks), np.nan)
     values = np.array(first, dtype=np.float64)
     start = np.maximum(values.min(0), 0.3 * values[0])
-    return np.asarray(np.array(recent, dtype=np.float64).mean(0) / np.where(start > 0, start, np.nan))
+    now = np.array(recent, dtype=np.float64).mean(0)
+    return np.asarray(np.where(now >= 0, now, np.nan) / np.where(start > 0, start, np.nan))
 
 
 def _evidence(kept: dict[str, Any], ratio: tuple[FloatArray, FloatArray], now: float) -> tuple[FloatArray, FloatArray]:
