@@ -42,7 +42,7 @@ DONE, RELEASE = 0.02, 0.05
 """Need below which a task gets nothing, and above it the stretch over which its base grows to the full one."""
 BASE, CUT = 0.5, 0.4
 """Part that a task keeps while it has any need, and that of one no longer trusted, in equal parts."""
-CAP = 8.0
+CAP, UNPROVEN = 8.0, 0.75
 """Most of the rest that a proven task gets, in equal parts: beyond, the rest of the budget is not worth its price."""
 FULL = 0.3
 """Need from which on the claim of an overwritten task is full."""
@@ -53,6 +53,9 @@ HELD = 2.0
 FALLING = 3.0
 """Standard errors that a loss must have fallen by to speak for its task: noise exceeded them nowhere."""
 PROVEN, PROVEN_HELD_OUT = 0.95, 0.8
+SURE = 0.7
+SPOKE, LAPSE = 0.1, 0.5
+ABOVE = 1.1
 """Of its beginning, under which a training loss (by two standard errors) or a held-out one proves a task."""
 PASSES = 3.0
 """Passes over a task's examples after which a low training loss may be memory."""
@@ -150,21 +153,26 @@ class OverwriteBoost(Policy):
         peak = np.where(kept["peak"] > 0, kept["peak"], np.inf)  # a gradient of 0 leaves nothing to learn
         left = np.where(average.weight > 100, average.mean / peak, 1.0)
 
-        need, low = _enter_losses(kept, told, loss, squares)
+        need, fallen = _enter_losses(kept, told, loss, squares)
+        level = 1.0 * (fallen > 1.0 - PROVEN) + (fallen > 1.0 - SURE)
         need = np.minimum(np.minimum(left, need), 1.0)
+        repeated = np.zeros(len(equal), dtype=bool)
         if state.epochs is not None and not self.fresh:
-            need = np.where(state.epochs > PASSES, 1.0, need)
+            repeated = state.epochs > PASSES
+        need = np.where(repeated, 1.0, need)
         held_out = _held_out(memory, state)
         need = np.where(np.isnan(held_out), need, np.clip(held_out, 0.0, 1.0))
-        kept["proven"] = np.maximum(kept["proven"], low | (held_out < PROVEN_HELD_OUT))
+        kept["proven"] = np.maximum(kept["proven"], level)
+        kept["proven"] = np.maximum(kept["proven"], held_out < PROVEN_HELD_OUT)
 
-        falls, held = _evidence(kept, ratio, now)
+        falls, held = _evidence(kept, ratio, kept["level"] < ABOVE, now)
+        held = np.where(repeated, 1.0, held)  # what training shows of them is no sign that they learn unhindered
         silent = np.maximum(now - np.maximum(np.maximum(kept["last"], kept["began"]) - GRACE * run, 0.0), 0.0) / run
         trust = np.interp(
             silent, [DOUBT[0], SUSPICION[0], SUSPICION[0] + SUSPICION[1] / 5], [DOUBT[1], SUSPICION[1], 0]
         )
-        ends = (now > LAST * run) & (now - kept["began"] > NEW * run)
-        proven = kept["proven"] > 0
+        ends = (now > LAST * run) & (now - kept["began"] > NEW * run) & (now - kept["spoke"] > SPOKE * run)
+        proven = (kept["proven"] > 1) | (kept["proven"] > 0) & (now - kept["last"] < LAPSE * run)
         trust = np.where(proven, 1.0, np.where(ends, 0.0, trust))
         # Gradients alone prove nobody wrong: such tasks are trusted, and rho says which may have more than a part.
         judged = (kept["told"] > 0) | ~np.isnan(held_out)
@@ -187,7 +195,7 @@ def _equal_parts(state: PolicyState) -> FloatArray:
 
 def _fresh(count: int) -> dict[str, Any]:
     """What is kept of each task, arrays whose first dimension is [T]."""
-    names = ("seen", "told", "began", "last", "peak", "proven", "rho", "rho_weight")
+    names = ("seen", "told", "began", "last", "spoke", "level", "peak", "proven", "rho", "rho_weight")
     kept = {name: np.zeros(count) for name in names}
     for name in ("energy", "loss", "first", "second"):
         Average.begin(kept, name, count)
@@ -211,11 +219,13 @@ def _enter_losses(
     lower = (second.weight > 0) & (second.mean < first.mean)
     start = np.where(lower, second.mean, first.mean)
     error = np.sqrt(recent.error**2 + np.where(lower, second.error, first.error) ** 2)
-    low = (kept["told"] > ENOUGH) & (recent.mean < start - (1.0 - PROVEN) * np.abs(start) - 2.0 * error)
+    fallen = (start - recent.mean - 2.0 * error) * (kept["told"] > ENOUGH) / np.where(start == 0, 1.0, np.abs(start))
     known = (
         (kept["told"] > FIRST) & (start > 0) & (recent.mean >= 0)
     )  # of a loss that goes below 0 nobody knows the end
-    return np.where(known, recent.mean / np.where(known, start, 1.0), 1.0), low
+    ratio = np.where(known, recent.mean / np.where(known, start, 1.0), 1.0)
+    kept["level"] = ratio
+    return ratio, fallen
 
 
 def _held_out(memory: dict[str, Any], state: PolicyState) -> FloatArray:
@@ -237,7 +247,9 @@ def _held_out(memory: dict[str, Any], state: PolicyState) -> FloatArray:
     return np.asarray(np.where(now >= 0, now, np.nan) / np.where(start > 0, start, np.nan))
 
 
-def _evidence(kept: dict[str, Any], ratio: tuple[FloatArray, FloatArray], now: float) -> tuple[FloatArray, FloatArray]:
+def _evidence(
+    kept: dict[str, Any], ratio: tuple[FloatArray, FloatArray], lower: BoolArray, now: float
+) -> tuple[FloatArray, FloatArray]:
     """Note what speaks for whom; gives by how many standard errors each loss fell [T], and how far each task is held
     down by the others, from 0 to 1 [T]."""
     rho, error = ratio
@@ -246,8 +258,9 @@ def _evidence(kept: dict[str, Any], ratio: tuple[FloatArray, FloatArray], now: f
     step = (np.where(known, np.minimum(rho, 5.0), 0.0) - kept["rho"]) / np.maximum(kept["rho_weight"], 1.0)
     kept["rho"] = np.where(known, kept["rho"] + step, kept["rho"])
     falls = History(kept).fall()
-    fell = (falls > FALLING) & (kept["told"] > ENOUGH)
+    fell = (falls > FALLING) & (kept["told"] > ENOUGH) & ~(rho - error > HELD)
     speaks = (rho + 2.0 * error < HELD) & (kept["seen"] > ENOUGH)
+    kept["spoke"] = np.where(speaks & lower, now, kept["spoke"])
     kept["last"] = np.where(fell | speaks, now, kept["last"])
     held = np.where(known, np.clip((kept["rho"] - FREE) / (OVERWRITTEN - FREE), 0.0, 1.0), 0.0)
     return falls, held
@@ -263,7 +276,7 @@ def _split(
     left = np.maximum(need - DONE, 0.0) / (1.0 - DONE)
     base = np.where(cut, CUT, BASE) * np.minimum(1.0, left / RELEASE)
     base = equal * np.where(critical, 1.0, base)
-    return base + _fill(want, equal * left * np.where(proven, CAP, 1.0), 1.0 - float(base.sum()))
+    return base + _fill(want, equal * left * np.where(proven, CAP, UNPROVEN), 1.0 - float(base.sum()))
 
 
 def _fill(want: FloatArray, high: FloatArray, total: float) -> FloatArray:
