@@ -180,7 +180,8 @@ class OverwriteBoost(Policy):
         proven = np.where(judged, proven, (kept["last"] > 0) & (now - kept["last"] < NEW * run))
         kept.update(need=need, trust=trust, falls=falls, ratio=np.where(np.isnan(ratio[0]), -1.0, ratio[0]))
         memory["kept"] = {name: values.tolist() for name, values in kept.items()}
-        return _split(equal, need, trust, proven, held, state.critical)
+        strong = proven & ((kept["proven"] != 1) | (now - kept["last"] < SPOKE * run))
+        return _split(equal, need, trust, strong, held, state.critical)
 
     def __repr__(self) -> str:
         return f"OverwriteBoost({'fresh=True' if self.fresh else ''})"
