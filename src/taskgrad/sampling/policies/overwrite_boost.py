@@ -1,23 +1,24 @@
 """Share the budget among the rare tasks: away from those that are done, and from those that nothing speaks for.
 
 Every task rarer than an equal share (n_t / sum(n) < 1 / T) begins with an equal part of the budget. Every tenth report
-the parts are set anew, by three questions to each task, all of whose answers are kept over its appearances:
+the parts are set anew, by three questions to each task; what they need is kept over the task's appearances:
 
-- **Is there anything left?** The need is what is left of the gradients' energy n_t ||g_t||^2 (against its peak), and of
-  the loss (against its beginning), whichever is less. Below ``DONE`` a task's part goes back. Where examples were shown
-  more than ``PASSES`` times, low training losses say nothing, unless the policy is told that they are ``fresh``.
+- **Is there anything left?** The need is what is left of the gradients' energy n_t ||g_t||^2 (of its peak), and of the
+  loss (of its beginning), whichever is less. A task without need gives its part back. Where examples were shown more
+  than ``PASSES`` times, low training losses say nothing, unless the policy is told that they are ``fresh``.
 - **Is it overwritten?** Of two tasks that are half learned, the one that learns unhindered soon needs nothing; the one
-  that the others undo as fast as it learns (an overwrite ratio rho of 1 or more) stays where it is. So the claim of a
-  task is full as long as its need is above ``FULL`` if it is overwritten, and falls with its need if it is not.
+  that the others undo as fast as it learns (an overwrite ratio rho of 1 or more) stays where it is. So an overwritten
+  task's claim is full as long as its need is above ``FULL``; another's falls with its need.
 - **Does anything speak for it?** Its loss falls (the last third of its history against the third before, by
-  ``FALLING`` standard errors), or its own pull is real and the others undo, by two standard errors, less than ``HELD``
-  times as much: noise has no pull of its own, and its rho is far above or undefined. A task whose loss has clearly
-  fallen since the beginning is proven. One that is not is trusted less as the time since the last evidence grows,
-  against the length of the run: a plateau cannot be told from noise by anything but time.
+  ``FALLING`` standard errors), or it has a pull of its own that the others undo, by two standard errors, less than
+  ``HELD`` times: noise has none, so its rho is far above, or undefined. A task whose loss is clearly below its
+  beginning is proven: for good if far below, else until nothing has spoken for it for ``LAPSE`` of the run. One that
+  is not is trusted less the longer nothing speaks for it: only time tells a plateau from noise.
 
-A task keeps half an equal part (``BASE``) while it has any need; the rest is split by claim x trust. Unproven tasks get
-at most one equal part of the rest, proven ones ``CAP`` times their need. What nobody claims stays with the natural mix:
-the budget in force shrinks. docs/policy-log.md has the evidence for the rules and the constants.
+A task with any need keeps ``BASE`` of an equal part, or ``CUT`` where it is not trusted at all; the rest is split by
+claim^2 x trust, at most ``CAP`` equal parts times the need for the proven, ``UNPROVEN`` for the others. What nobody
+claims stays with the natural mix: the budget in force shrinks. docs/policy-log.md has the evidence for the rules and
+the constants.
 """
 
 from __future__ import annotations
@@ -43,28 +44,29 @@ DONE, RELEASE = 0.02, 0.05
 BASE, CUT = 0.5, 0.4
 """Part that a task keeps while it has any need, and that of one no longer trusted, in equal parts."""
 CAP, UNPROVEN = 8.0, 0.75
-"""Most of the rest that a proven task gets, in equal parts: beyond, the rest of the budget is not worth its price."""
+"""Most that a task gets of the rest, in equal parts: beyond the first, the budget is not worth its price."""
 FULL = 0.3
 """Need from which on the claim of an overwritten task is full."""
 FREE, OVERWRITTEN = 0.7, 1.1
-"""Overwrite ratios below which a task learns unhindered, and above which it does not."""
+"""Overwrite ratios up to which a task learns unhindered, and from which on it is overwritten."""
 HELD = 2.0
-"""Overwrite ratio under which a task's own pull speaks for it."""
+"""Overwrite ratio below which a task's own pull speaks for it, and above which no falling loss does."""
 FALLING = 3.0
-"""Standard errors that a loss must have fallen by to speak for its task: noise exceeded them nowhere."""
-PROVEN, PROVEN_HELD_OUT = 0.95, 0.8
-SURE = 0.7
-SPOKE, LAPSE = 0.1, 0.5
-ABOVE = 1.1
-"""Of its beginning, under which a training loss (by two standard errors) or a held-out one proves a task."""
+"""Standard errors that a loss must have fallen by to speak for its task: noise seldom exceeds them."""
+PROVEN, SURE, PROVEN_HELD_OUT = 0.95, 0.7, 0.8
+"""Of its beginning: below the first a training loss, or below the last a held-out one, proves a task for a while; below
+the second a training loss does for good. Training losses by two standard errors."""
+LAPSE = 0.5
 PASSES = 3.0
 """Passes over a task's examples after which a low training loss may be memory."""
-GRACE = 0.15
-"""Part of the run over which evidence keeps its full weight."""
-DOUBT, SUSPICION, LAST = (0.3, 1.0), (0.7, 0.5), 0.85
-"""Trust in an unproven task falls between these (time without evidence, trust), and to 0 soon after the second; after
-``LAST`` of the run it is 0, unless the task appeared within the last ``NEW`` of it."""
-NEW = 0.3
+GRACE, NEW, RECENT = 0.15, 0.3, 0.1
+"""Of the run: how long evidence keeps its full weight, how long a task is new, how long something was just now."""
+DOUBT = ((0.3, 1.0), (0.7, 0.5), (0.7 + 0.1, 0.0))
+"""Trust in a task that is not proven, by the part of the run that nothing spoke for it; linear in between. (The sum is
+.8 but for the last bit, with which the table was made.)"""
+LAST, ABOVE = 0.85, 1.1
+"""After this part of the run a task that is not proven is not trusted at all, unless it is new, or its own pull spoke
+for it just now and its loss is not that far above its beginning."""
 LEAST_TRUST = 0.3
 """Below it a task is cut."""
 ASSUMED, LONGER = 2000, 1.5
@@ -153,34 +155,21 @@ class OverwriteBoost(Policy):
         peak = np.where(kept["peak"] > 0, kept["peak"], np.inf)  # a gradient of 0 leaves nothing to learn
         left = np.where(average.weight > 100, average.mean / peak, 1.0)
 
-        need, fallen = _enter_losses(kept, told, loss, squares)
-        level = 1.0 * (fallen > 1.0 - PROVEN) + (fallen > 1.0 - SURE)
-        need = np.minimum(np.minimum(left, need), 1.0)
+        by_loss, fallen = _enter_losses(kept, told, loss, squares)
+        held_out = _held_out(memory, state)
         repeated = np.zeros(len(equal), dtype=bool)
         if state.epochs is not None and not self.fresh:
             repeated = state.epochs > PASSES
-        need = np.where(repeated, 1.0, need)
-        held_out = _held_out(memory, state)
+        need = np.where(repeated, 1.0, np.minimum(np.minimum(left, by_loss), 1.0))
         need = np.where(np.isnan(held_out), need, np.clip(held_out, 0.0, 1.0))
-        kept["proven"] = np.maximum(kept["proven"], level)
-        kept["proven"] = np.maximum(kept["proven"], held_out < PROVEN_HELD_OUT)
+        grade = 1.0 * (fallen > 1.0 - PROVEN) + (fallen > 1.0 - SURE)
+        kept["proven"] = np.maximum(np.maximum(kept["proven"], grade), held_out < PROVEN_HELD_OUT)
 
-        falls, held = _evidence(kept, ratio, kept["level"] < ABOVE, now)
-        held = np.where(repeated, 1.0, held)  # what training shows of them is no sign that they learn unhindered
-        silent = np.maximum(now - np.maximum(np.maximum(kept["last"], kept["began"]) - GRACE * run, 0.0), 0.0) / run
-        trust = np.interp(
-            silent, [DOUBT[0], SUSPICION[0], SUSPICION[0] + SUSPICION[1] / 5], [DOUBT[1], SUSPICION[1], 0]
-        )
-        ends = (now > LAST * run) & (now - kept["began"] > NEW * run) & (now - kept["spoke"] > SPOKE * run)
-        proven = (kept["proven"] > 1) | (kept["proven"] > 0) & (now - kept["last"] < LAPSE * run)
-        trust = np.where(proven, 1.0, np.where(ends, 0.0, trust))
-        # Gradients alone prove nobody wrong: such tasks are trusted, and rho says which may have more than a part.
-        judged = (kept["told"] > 0) | ~np.isnan(held_out)
-        trust = np.where(judged, trust, 1.0)
-        proven = np.where(judged, proven, (kept["last"] > 0) & (now - kept["last"] < NEW * run))
+        falls, held = _evidence(kept, ratio, by_loss, now)
+        held = np.where(repeated, 1.0, held)  # how fast they are memorised is no sign that they learn unhindered
+        trust, strong = _trust(kept, (kept["told"] > 0) | ~np.isnan(held_out), now, run)
         kept.update(need=need, trust=trust, falls=falls, ratio=np.where(np.isnan(ratio[0]), -1.0, ratio[0]))
         memory["kept"] = {name: values.tolist() for name, values in kept.items()}
-        strong = proven & ((kept["proven"] != 1) | (now - kept["last"] < SPOKE * run))
         return _split(equal, need, trust, strong, held, state.critical)
 
     def __repr__(self) -> str:
@@ -195,8 +184,9 @@ def _equal_parts(state: PolicyState) -> FloatArray:
 
 
 def _fresh(count: int) -> dict[str, Any]:
-    """What is kept of each task, arrays whose first dimension is [T]."""
-    names = ("seen", "told", "began", "last", "spoke", "level", "peak", "proven", "rho", "rho_weight")
+    """What is kept, one value per task: appearances, and those with a loss; the batch of the first, of the last
+    evidence and of the last that an own pull gave; peak of the energy; proven: 0, 1 or, for good, 2; smoothed rho."""
+    names = ("seen", "told", "began", "last", "spoke", "peak", "proven", "rho", "rho_weight")
     kept = {name: np.zeros(count) for name in names}
     for name in ("energy", "loss", "first", "second"):
         Average.begin(kept, name, count)
@@ -206,9 +196,9 @@ def _fresh(count: int) -> dict[str, Any]:
 
 def _enter_losses(
     kept: dict[str, Any], told: FloatArray, loss: FloatArray, squares: FloatArray
-) -> tuple[FloatArray, BoolArray]:
+) -> tuple[FloatArray, FloatArray]:
     """Enter ``told`` losses per task that sum to ``loss``, their squares to ``squares``; gives the loss over that of
-    the beginning [T], 1 before there is one, and whether it is clearly below it, bool [T]."""
+    the beginning [T], 1 where that says nothing, and by what part of it the loss has fallen at least [T]."""
     kept["told"] += told
     first, second, recent = Average(kept, "first", None), Average(kept, "second", None), Average(kept, "loss", 100)
     early = kept["told"] <= FIRST
@@ -221,12 +211,9 @@ def _enter_losses(
     start = np.where(lower, second.mean, first.mean)
     error = np.sqrt(recent.error**2 + np.where(lower, second.error, first.error) ** 2)
     fallen = (start - recent.mean - 2.0 * error) * (kept["told"] > ENOUGH) / np.where(start == 0, 1.0, np.abs(start))
-    known = (
-        (kept["told"] > FIRST) & (start > 0) & (recent.mean >= 0)
-    )  # of a loss that goes below 0 nobody knows the end
-    ratio = np.where(known, recent.mean / np.where(known, start, 1.0), 1.0)
-    kept["level"] = ratio
-    return ratio, fallen
+    # of a loss that goes below 0 nobody knows the end
+    known = (kept["told"] > FIRST) & (start > 0) & (recent.mean >= 0)
+    return np.where(known, recent.mean / np.where(known, start, 1.0), 1.0), fallen
 
 
 def _held_out(memory: dict[str, Any], state: PolicyState) -> FloatArray:
@@ -249,7 +236,7 @@ def _held_out(memory: dict[str, Any], state: PolicyState) -> FloatArray:
 
 
 def _evidence(
-    kept: dict[str, Any], ratio: tuple[FloatArray, FloatArray], lower: BoolArray, now: float
+    kept: dict[str, Any], ratio: tuple[FloatArray, FloatArray], by_loss: FloatArray, now: float
 ) -> tuple[FloatArray, FloatArray]:
     """Note what speaks for whom; gives by how many standard errors each loss fell [T], and how far each task is held
     down by the others, from 0 to 1 [T]."""
@@ -261,14 +248,30 @@ def _evidence(
     falls = History(kept).fall()
     fell = (falls > FALLING) & (kept["told"] > ENOUGH) & ~(rho - error > HELD)
     speaks = (rho + 2.0 * error < HELD) & (kept["seen"] > ENOUGH)
-    kept["spoke"] = np.where(speaks & lower, now, kept["spoke"])
+    kept["spoke"] = np.where(speaks & (by_loss < ABOVE), now, kept["spoke"])
     kept["last"] = np.where(fell | speaks, now, kept["last"])
     held = np.where(known, np.clip((kept["rho"] - FREE) / (OVERWRITTEN - FREE), 0.0, 1.0), 0.0)
     return falls, held
 
 
+def _trust(kept: Mapping[str, Any], judged: BoolArray, now: float, run: float) -> tuple[FloatArray, BoolArray]:
+    """Trust in each task, from 0 to 1 [T], and which may have more than an equal part, bool [T].
+
+    Gradients alone prove nobody wrong: tasks without a loss to judge them by are trusted."""
+    since = now - kept["last"]
+    silent = now - np.maximum(np.maximum(kept["last"], kept["began"]) - GRACE * run, 0.0)
+    times, levels = np.array(DOUBT).T
+    trust = np.interp(np.maximum(silent, 0.0) / run, times, levels)
+    excused = (now - kept["began"] <= NEW * run) | (now - kept["spoke"] <= RECENT * run)
+    trust = np.where((now > LAST * run) & ~excused, 0.0, trust)
+    proven = (kept["proven"] > 1) | ((kept["proven"] > 0) & (since < LAPSE * run))
+    strong = (kept["proven"] > 1) | (proven & (since < RECENT * run))
+    spoken_for = (kept["last"] > 0) & (since < NEW * run)
+    return np.where(judged & ~proven, trust, 1.0), np.where(judged, strong, spoken_for)
+
+
 def _split(
-    equal: FloatArray, need: FloatArray, trust: FloatArray, proven: BoolArray, held: FloatArray, critical: BoolArray
+    equal: FloatArray, need: FloatArray, trust: FloatArray, strong: BoolArray, held: FloatArray, critical: BoolArray
 ) -> FloatArray:
     """Parts [T] from the equal ones; see the module's docstring."""
     cut = trust < LEAST_TRUST
@@ -277,7 +280,7 @@ def _split(
     left = np.maximum(need - DONE, 0.0) / (1.0 - DONE)
     base = np.where(cut, CUT, BASE) * np.minimum(1.0, left / RELEASE)
     base = equal * np.where(critical, 1.0, base)
-    return base + _fill(want, equal * left * np.where(proven, CAP, UNPROVEN), 1.0 - float(base.sum()))
+    return base + _fill(want, equal * left * np.where(strong, CAP, UNPROVEN), 1.0 - float(base.sum()))
 
 
 def _fill(want: FloatArray, high: FloatArray, total: float) -> FloatArray:
