@@ -164,4 +164,4 @@ def test_noise_and_budget_are_read_off_where_they_mean_something() -> None:
 
 
 def test_final_scenarios_are_not_those_of_development() -> None:
-    assert min(contract.NUMBERS) >= 2000 and len(contract.NUMBERS) * len(scenarios.FAMILIES) >= 60
+    assert min(contract.NUMBERS) >= 3000 and len(contract.NUMBERS) * len(scenarios.FAMILIES) >= 60

@@ -225,6 +225,13 @@ def test_a_low_start_that_still_improves_keeps_its_part() -> None:
     assert end(tuned, LEARNER)[0] == pytest.approx(1.0, abs=0.1)
 
 
+def test_a_loss_of_few_wild_rows_that_has_fallen_far_is_proof_for_good() -> None:
+    """Its last fall is not significant, nor is its pull, but it stands at half of its beginning."""
+    wild = Course(loss=lambda u: 1.0 if u < 0.05 else 0.5, spread=0.6)
+    part, _ = end(wild, LEARNER)
+    assert part > 0.5
+
+
 def test_a_task_that_appears_late_has_its_time() -> None:
     late = Course(examples=lambda u: 2 if u > 0.8 else 0)
     parts = 2 * Run((late, LEARNER)).go()

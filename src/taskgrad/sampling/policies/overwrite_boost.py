@@ -54,8 +54,8 @@ HELD = 2.0
 FALLING = 3.0
 """Standard errors that a loss must have fallen by to speak for its task: noise seldom exceeds them."""
 PROVEN, SURE, PROVEN_HELD_OUT = 0.95, 0.7, 0.8
-"""Of its beginning: below the first a training loss, or below the last a held-out one, proves a task for a while; below
-the second a training loss does for good. Training losses by two standard errors."""
+"""Of its beginning: two standard errors below the first a training loss, or below the last a held-out one, proves a
+task for a while; if its mean is below the second as well, for good."""
 LAPSE = 0.5
 PASSES = 3.0
 """Passes over a task's examples after which a low training loss may be memory."""
@@ -162,7 +162,7 @@ class OverwriteBoost(Policy):
             repeated = state.epochs > PASSES
         need = np.where(repeated, 1.0, np.minimum(np.minimum(left, by_loss), 1.0))
         need = np.where(np.isnan(held_out), need, np.clip(held_out, 0.0, 1.0))
-        grade = 1.0 * (fallen > 1.0 - PROVEN) + (fallen > 1.0 - SURE)
+        grade = (fallen > 1.0 - PROVEN) * np.where(by_loss < SURE, 2.0, 1.0)
         kept["proven"] = np.maximum(np.maximum(kept["proven"], grade), held_out < PROVEN_HELD_OUT)
 
         falls, held = _evidence(kept, ratio, by_loss, now)
