@@ -85,6 +85,11 @@ class OverwriteBoost(Policy):
     ``fresh``: examples are new at every showing although the data set is finite (augmented, generated), so that low
     training losses mean what they say. Streams (``shares=``) are fresh anyway.
 
+    What it is made for, in this order: never worse than the equal split of the same budget; a task with nothing to
+    learn ends under half an equal part (given losses, and a horizon: without one it is never cut); where nobody needs
+    the budget it goes back; better than the equal split where needs differ. ``python -m benchmarks.policies.contract``
+    measures it; docs/policy-log.md says how far it holds, and where it does not.
+
     Tasks in ``state.critical`` never fall below an equal part. Parts scale with ``state.importance``.
     """
 
