@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._gloo_exit import wait_at_exit
+
 
 def world_size(group: dist.ProcessGroup | None) -> int:
     """Ranks in ``group`` (``None``: the default group), 1 where torch.distributed is not in use."""
@@ -20,6 +22,7 @@ def world_size(group: dist.ProcessGroup | None) -> int:
 def all_reduce_flat(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
     """The tensors summed over the ranks, in one float64 buffer, in their own dtypes; bit-identical on all ranks."""
     flat = torch.cat([t.double().reshape(-1) for t in tensors])
+    wait_at_exit()
     dist.all_reduce(flat, group=group)
     parts = flat.split([t.numel() for t in tensors])
     return [p.view(t.shape).to(t.dtype) for p, t in zip(parts, tensors, strict=True)]

@@ -47,6 +47,6 @@ def test_sampling_imports_nothing_above_it() -> None:
         depth = len(path.relative_to(package).parts)
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
-                leaf = node.level == depth + 1 and node.module in ("_text", "_files")  # below every room
+                leaf = node.level == depth + 1 and node.module in ("_text", "_files", "_gloo_exit")  # below every room
                 assert leaf or node.level <= depth, f"{path.name} imports from outside of sampling"
                 assert not (node.module or "").startswith("taskgrad"), path.name

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from .._gloo_exit import wait_at_exit
 from .arrays import IntArray
 from .quota import ONE
 
@@ -42,6 +43,7 @@ class Agreement:
 
     def __init__(self, group: dist.ProcessGroup | None, rank: int) -> None:
         self._group, self._rank = group, rank
+        wait_at_exit()
         on_host = "cpu" in dist.get_backend_config(group)
         self._device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
 
