@@ -39,12 +39,18 @@ ENOUGH = 150
 """Appearances before anything is concluded from losses or from rho."""
 FIRST = 40
 """Appearances in a loss's beginning: the lower of the first and the second so many, as an inflated start soon falls."""
+CALIBRATED = 160
+"""Appearances after which a loss only falls by learning: what proves a task must be below those just before, too. The
+loss of noise falls at first as well, until the network gives every answer its frequency."""
 DONE, RELEASE = 0.02, 0.05
 """Need below which a task gets nothing, and above it the stretch over which its base grows to the full one."""
 BASE, CUT = 0.5, 0.4
 """Part that a task keeps while it has any need, and that of one no longer trusted, in equal parts."""
-CAP, UNPROVEN = 8.0, 0.75
-"""Most that a task gets of the rest, in equal parts: beyond the first, the budget is not worth its price."""
+CAP, UNPROVEN, UNPROVEN_EARLY = 8.0, 0.75, 1.25
+"""Most that a task gets of the rest, in equal parts: beyond the first, the budget is not worth its price; the others
+hold for tasks that nothing proves, and for these up to ``EARLY`` of the run: a plateau ends the sooner, and then is
+worth the more."""
+EARLY = 0.35
 FULL = 0.3
 """Need from which on the claim of an overwritten task is full."""
 FREE, OVERWRITTEN = 0.7, 1.1
@@ -59,7 +65,7 @@ task for a while; if its mean is below the second as well, for good."""
 LAPSE = 0.5
 PASSES = 3.0
 """Passes over a task's examples after which a low training loss may be memory."""
-GRACE, NEW, RECENT = 0.15, 0.3, 0.1
+GRACE, NEW, RECENT = 0.15, 0.3, 0.03
 """Of the run: how long evidence keeps its full weight, how long a task is new, how long something was just now."""
 DOUBT = ((0.3, 1.0), (0.7, 0.5), (0.7 + 0.1, 0.0))
 """Trust in a task that is not proven, by the part of the run that nothing spoke for it; linear in between. (The sum is
@@ -160,14 +166,13 @@ class OverwriteBoost(Policy):
         peak = np.where(kept["peak"] > 0, kept["peak"], np.inf)  # a gradient of 0 leaves nothing to learn
         left = np.where(average.weight > 100, average.mean / peak, 1.0)
 
-        by_loss, fallen = _enter_losses(kept, told, loss, squares)
+        by_loss, grade = _enter_losses(kept, told, loss, squares)
         held_out = _held_out(memory, state)
         repeated = np.zeros(len(equal), dtype=bool)
         if state.epochs is not None and not self.fresh:
             repeated = state.epochs > PASSES
         need = np.where(repeated, 1.0, np.minimum(np.minimum(left, by_loss), 1.0))
         need = np.where(np.isnan(held_out), need, np.clip(held_out, 0.0, 1.0))
-        grade = (fallen > 1.0 - PROVEN) * np.where(by_loss < SURE, 2.0, 1.0)
         kept["proven"] = np.maximum(np.maximum(kept["proven"], grade), held_out < PROVEN_HELD_OUT)
 
         falls, held = _evidence(kept, ratio, by_loss, now)
@@ -175,7 +180,8 @@ class OverwriteBoost(Policy):
         trust, strong = _trust(kept, (kept["told"] > 0) | ~np.isnan(held_out), now, run)
         kept.update(need=need, trust=trust, falls=falls, ratio=np.where(np.isnan(ratio[0]), -1.0, ratio[0]))
         memory["kept"] = {name: values.tolist() for name, values in kept.items()}
-        return _split(equal, need, trust, strong, held, state.critical)
+        most = np.where(now - kept["began"] < EARLY * run, UNPROVEN_EARLY, UNPROVEN)
+        return _split(equal, need, trust, np.where(strong, CAP, most), held, state.critical)
 
     def __repr__(self) -> str:
         return f"OverwriteBoost({'fresh=True' if self.fresh else ''})"
@@ -193,7 +199,7 @@ def _fresh(count: int) -> dict[str, Any]:
     evidence and of the last that an own pull gave; peak of the energy; proven: 0, 1 or, for good, 2; smoothed rho."""
     names = ("seen", "told", "began", "last", "spoke", "peak", "proven", "rho", "rho_weight")
     kept = {name: np.zeros(count) for name in names}
-    for name in ("energy", "loss", "first", "second"):
+    for name in ("energy", "loss", "first", "second", "third"):
         Average.begin(kept, name, count)
     History.begin(kept, count)
     return kept
@@ -203,22 +209,36 @@ def _enter_losses(
     kept: dict[str, Any], told: FloatArray, loss: FloatArray, squares: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
     """Enter ``told`` losses per task that sum to ``loss``, their squares to ``squares``; gives the loss over that of
-    the beginning [T], 1 where that says nothing, and by what part of it the loss has fallen at least [T]."""
+    the beginning [T], 1 where that says nothing, and how far it proves its task [T]: 0, 1 or, for good, 2."""
     kept["told"] += told
-    first, second, recent = Average(kept, "first", None), Average(kept, "second", None), Average(kept, "loss", 100)
-    early = kept["told"] <= FIRST
-    first.enter(*(np.where(early, x, 0.0) for x in (told, loss, squares)))
-    early = ~early & (kept["told"] <= 2 * FIRST)
-    second.enter(*(np.where(early, x, 0.0) for x in (told, loss, squares)))
+    begins = 0
+    for name, ends in (("first", FIRST), ("second", 2 * FIRST), ("third", CALIBRATED)):
+        within = (kept["told"] > begins) & (kept["told"] <= ends)
+        Average(kept, name, None).enter(*(np.where(within, x, 0.0) for x in (told, loss, squares)))
+        begins = ends
+    recent = Average(kept, "loss", 100)
     recent.enter(told, loss, squares)
     History(kept).enter(told, loss, squares)
-    lower = (second.weight > 0) & (second.mean < first.mean)
-    start = np.where(lower, second.mean, first.mean)
-    error = np.sqrt(recent.error**2 + np.where(lower, second.error, first.error) ** 2)
-    fallen = (start - recent.mean - 2.0 * error) * (kept["told"] > ENOUGH) / np.where(start == 0, 1.0, np.abs(start))
+
+    first, second, third = (Average(kept, name, None) for name in ("first", "second", "third"))
+    start, error = _lower((first.mean, first.error), second)
     # of a loss that goes below 0 nobody knows the end
     known = (kept["told"] > FIRST) & (start > 0) & (recent.mean >= 0)
-    return np.where(known, recent.mean / np.where(known, start, 1.0), 1.0), fallen
+    left = np.where(known, recent.mean / np.where(known, start, 1.0), 1.0)
+
+    base, error = _lower((start, error), third)
+    size = np.where(base == 0, 1.0, np.abs(base))
+    fallen = (base - recent.mean) / size
+    clearly = fallen - 2.0 * np.sqrt(recent.error**2 + error**2) / size > 1.0 - PROVEN
+    grade = np.where(clearly, np.where(fallen > 1.0 - SURE, 2.0, 1.0), 0.0)
+    return left, np.where(kept["told"] > CALIBRATED + FIRST, grade, 0.0)
+
+
+def _lower(known: tuple[FloatArray, FloatArray], other: Average) -> tuple[FloatArray, FloatArray]:
+    """The lower of two means, and its standard error, each [T]."""
+    mean, error = known
+    below = (other.weight > 0) & (other.mean < mean)
+    return np.where(below, other.mean, mean), np.where(below, other.error, error)
 
 
 def _held_out(memory: dict[str, Any], state: PolicyState) -> FloatArray:
@@ -276,7 +296,7 @@ def _trust(kept: Mapping[str, Any], judged: BoolArray, now: float, run: float) -
 
 
 def _split(
-    equal: FloatArray, need: FloatArray, trust: FloatArray, strong: BoolArray, held: FloatArray, critical: BoolArray
+    equal: FloatArray, need: FloatArray, trust: FloatArray, most: FloatArray, held: FloatArray, critical: BoolArray
 ) -> FloatArray:
     """Parts [T] from the equal ones; see the module's docstring."""
     cut = trust < LEAST_TRUST
@@ -285,7 +305,7 @@ def _split(
     left = np.maximum(need - DONE, 0.0) / (1.0 - DONE)
     base = np.where(cut, CUT, BASE) * np.minimum(1.0, left / RELEASE)
     base = equal * np.where(critical, 1.0, base)
-    return base + _fill(want, equal * left * np.where(strong, CAP, UNPROVEN), 1.0 - float(base.sum()))
+    return base + _fill(want, equal * left * most, 1.0 - float(base.sum()))
 
 
 def _fill(want: FloatArray, high: FloatArray, total: float) -> FloatArray:
