@@ -251,6 +251,37 @@ def inflated(rng: np.random.Generator) -> Scenario:
     return replace(drawn, start_gain=float(rng.uniform(3, 8)))
 
 
+def ladder(rng: np.random.Generator) -> Scenario:
+    """Ladders of tasks: each rung bends the score of the rung below by one more direction, and its label is the
+    quantile that score falls in, read up or down; frequent tasks are low rungs, rare ones any, so that learning one
+    helps the next or, read the other way, stands against it. Half the tasks have 10 to 30 % of their labels wrong."""
+    tasks, frequent = _tasks(rng)
+    inputs, classes, top = int(rng.integers(8, 13)), int(rng.integers(2, 6)), int(rng.integers(2, 4))
+    ladders, wrong = int(rng.integers(1, max(2, tasks // 4) + 1)), float(rng.uniform(0.1, 0.3))
+    rung = np.concatenate([rng.integers(1, 3, frequent), 1 + np.arange(tasks - frequent) % top])
+    rung[frequent:] = rng.permutation(rung[frequent:])
+    adam = bool(rng.random() < 0.7)
+
+    def world(rng: np.random.Generator, n: int) -> tuple[Floats, Floats]:
+        x, y = rng.normal(size=(n, inputs)), np.zeros((tasks, n))
+        axes = [np.linalg.qr(rng.normal(size=(inputs, top)))[0] for _ in range(ladders)]
+        for t in range(tasks):
+            along = x @ axes[rng.integers(ladders)]
+            score = along[:, 0].copy()
+            for r in range(1, rung[t]):
+                score += along[:, r - 1] * along[:, r]
+            place = (score * rng.choice([-1, 1])).argsort().argsort() * classes // n
+            slip = rng.random(n) < (wrong if t % 2 else 0.0)
+            y[t] = (place + slip * rng.integers(1, classes, n)) % classes
+        return x, y
+
+    return _usual(
+        rng, world, classes, tasks, frequent, thin=rng.uniform(0.05, 0.2), adam=adam,
+        rate=_log(rng, 2e-3, 6e-3) if adam else _log(rng, 0.1, 0.4), width=int(rng.choice([48, 64])),
+        steps=int(rng.choice([3000, 4000, 6000])), budget=float(rng.uniform(0.05, 0.3)),
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, Callable[[np.random.Generator], Scenario]] = {
     "parity": parity,
     "plateau": plateau,
@@ -261,4 +292,5 @@ FAMILIES: dict[str, Callable[[np.random.Generator], Scenario]] = {
     "easy": easy,
     "zipf": zipf,
     "inflated": inflated,
+    "ladder": ladder,
 }
