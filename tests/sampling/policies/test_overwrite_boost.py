@@ -219,6 +219,22 @@ def test_an_inflated_start_is_not_learning(height: float) -> None:
     assert noise == pytest.approx(CUT) and learner > 1.5
 
 
+@pytest.mark.parametrize("appearances", [60, 120])
+def test_a_loss_that_only_calibrates_proves_nothing_for_good(appearances: int) -> None:
+    """Noise from a fresh network: down to the answers' entropy within 160 appearances, and there it stays."""
+    calibrating = Course(loss=lambda u: max(0.7, 2.3 - 1.6 * u * HORIZON / appearances))
+    run = Run((calibrating, LEARNER))
+    assert 2 * run.go()[-HORIZON // 10 :, 1].mean() == pytest.approx(CUT)
+    assert run.memory["kept"]["proven"][1] < 2
+
+
+def test_what_others_leave_goes_to_plateaus_early_in_the_run() -> None:
+    done = Course(loss=lambda u: max(0.005, 1.0 - 20 * u), energy=lambda u: max(0.005, 1.0 - 20 * u), spread=0.001)
+    parts = 3 * Run((NOISE, NOISE, done)).go()[:, 1]
+    assert parts[HORIZON // 5] == pytest.approx(1.5, abs=0.02)
+    assert parts[int(0.4 * HORIZON)] < 1.26
+
+
 def test_a_low_start_that_still_improves_keeps_its_part() -> None:
     """Pretrained: the loss is low from the beginning and falls by little, but steadily."""
     tuned = Course(loss=lambda u: 0.2 - 0.03 * u, rho=1.2, spread=0.01)
