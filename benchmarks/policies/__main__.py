@@ -14,13 +14,13 @@ import torch
 
 from taskgrad.sampling.policies import OverwriteBoost, Proportional, Shuffled, Uniform
 
-from . import text, v5
+from . import text
 from .controls import LossDriven, equal, replay
 from .parity import SETTINGS
 from .train import train
 
 RESULTS = Path("benchmarks/results/policies.jsonl")
-POLICIES = ("natural", "equal", "loss", "uniform", "OverwriteBoost", "v5", "replay", "shuffled")
+POLICIES = ("natural", "equal", "loss", "uniform", "OverwriteBoost", "replay", "shuffled")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,7 +61,6 @@ def build(name: str, seed: int, natural: Any, budget: float, mean: Callable[[], 
         "loss": LossDriven,
         "uniform": Uniform,
         "OverwriteBoost": OverwriteBoost,
-        "v5": v5.OverwriteBoost,
         "replay": lambda: replay(mean(), natural, budget),
         "shuffled": lambda: Shuffled(OverwriteBoost(), seed),
     }

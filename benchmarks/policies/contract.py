@@ -23,7 +23,6 @@ import numpy as np
 from taskgrad.sampling import policies as shipped
 from taskgrad.sampling.policies import OverwriteBoost, Static
 
-from . import v5
 from .controls import LossDriven, equal, replay
 from .scenarios import FAMILIES, scenario
 from .simulate import Data, How, data, run
@@ -132,13 +131,12 @@ OURS: dict[str, Entry] = {
 }
 """The policy in its three tiers, and what it is measured against."""
 ABLATION: dict[str, Entry] = {
-    "v5": Entry(lambda runs, seed: v5.OverwriteBoost(), judged=True),
     "without rho": Entry(lambda runs, seed: OverwriteBoost(), How(rho=False), judged=True),
     "shuffled": Entry(lambda runs, seed: shipped.Shuffled(OverwriteBoost(), seed)),
     "replay": Entry(replayed),
     "loss": Entry(lambda runs, seed: LossDriven()),
 }
-"""The rule before this one, the rule with less, and its controls."""
+"""The rule with less, and its controls."""
 
 _PUBLISHED: dict[str, tuple[Callable[[Runs, int], Any], How]] = {
     "Uniform": (lambda runs, seed: shipped.Uniform(), How()),

@@ -48,7 +48,9 @@ def verdict(lines: Lines, name: str) -> Verdict:
     base = {key: lines[(*key, "equal", SEEDS)] for key in keys}
     gain = {key: float(np.mean(ours[key]["rare"]) - np.mean(base[key]["rare"])) for key in keys}
     means = np.array(list(gain.values()))
-    out = Verdict(name, len(keys), float(means.mean()), _error(means), float(means.min()), judged=ENTRIES[name].judged)
+    judged = name != "equal" and any(key[2:] == (name, FURTHER) for key in lines)
+    judged = judged or (name in ENTRIES and ENTRIES[name].judged)
+    out = Verdict(name, len(keys), float(means.mean()), _error(means), float(means.min()), judged=judged)
     for key in keys:
         if gain[key] <= BELOW and out.judged:
             pair = [np.array(lines[(*key, each, FURTHER)]["rare"]) for each in (name, "equal")]
@@ -86,7 +88,8 @@ def _error(values: Any) -> float:
 
 def render(lines: Lines) -> str:
     """The tables: of all policies, and of families."""
-    verdicts = [verdict(lines, name) for name in ENTRIES if any(key[2] == name for key in lines)]
+    ran = dict.fromkeys(key[2] for key in lines)  # some of it may have left the code: the rule before
+    verdicts = [verdict(lines, name) for name in dict.fromkeys([*ENTRIES, *ran]) if name in ran]
     heads = [
         "policy", "scenarios", "to equal, mean ± se", "lowest of 4 seeds", "below after 12 (lowest)",
         "noise, mean / end", "noise ends < .5", "budget at end, nobody needs it (most)", "frequent there, to natural",

@@ -35,7 +35,8 @@ def render(lines: list[dict[str, Any]]) -> str:
     for setting in dict.fromkeys(line["setting"] for line in lines):
         runs = {(line["policy"], line["seed"]): line for line in lines if line["setting"] == setting}
         seeds = sorted({seed for _, seed in runs})
-        found = [policy for policy in POLICIES if any((policy, seed) in runs for seed in seeds)]
+        found = list(dict.fromkeys([*POLICIES, *(policy for policy, _ in runs)]))  # some have left the code
+        found = [policy for policy in found if any((policy, seed) in runs for seed in seeds)]
         equal = _diverted_noise(runs, "equal", seeds)
         out.append(f"\n### {setting}, seeds {', '.join(map(str, seeds))}\n")
         kinds = [kind for kind in runs[found[0], seeds[0]]["curve"][-1] if kind not in ("step", "noise")]

@@ -152,7 +152,7 @@ class StepReport:
         if self.valid and self.loss is None:
             lines.append(
                 "losses were not entered (batch.losses(per_row)): OverwriteBoost goes by gradients alone then and "
-                "hardly moves, and policies that read losses refuse the report"
+                "cannot tell noise from learning, and policies that read losses refuse the report"
             )
         return "\n".join(lines)
 
