@@ -91,17 +91,17 @@ class OverwriteBoost(Policy):
     ``fresh``: examples are new at every showing although the data set is finite (augmented, generated), so that low
     training losses mean what they say. Streams (``shares=``) are fresh anyway.
 
-    What it is made for, in this order, and what was measured once on 70 random scenarios (held-out accuracy, paired with
-    the equal split of the same budget; ``python -m benchmarks.policies.contract``):
+    What it is made for, in this order, and what was measured once on 70 random scenarios (held-out accuracy, paired
+    with the equal split of the same budget; ``python -m benchmarks.policies.contract``):
 
     1. never worse than the equal split: below it in 1 of 70, by .020 (a control of equal parts off by 2 %: in none);
-    2. a task with nothing to learn ends under half an equal part, in 97 % of the scenarios that have one, given losses and
-       a horizon (without one it is never cut); .9 of one over the run;
+    2. a task with nothing to learn ends under half an equal part, in 97 % of the scenarios that have one, given losses
+       and a horizon (without one it is never cut); .9 of one over the run;
     3. where nobody needs the budget it goes back: .03 of it is in force at the end;
     4. better where needs differ: +.005 +- .001 over all, +.025 where tasks are learned one after the other.
 
-    From gradients alone 1 and 3 hold, 2 does not: nothing there tells noise from a plateau. A static split that knows the
-    run's average mix does as well. docs/policy-log.md has the whole table, and what is not met.
+    From gradients alone 1 and 3 hold, 2 does not: nothing there tells noise from a plateau. A static split that knows
+    the run's average mix does as well. docs/policy-log.md has the whole table, and what is not met.
 
     Tasks in ``state.critical`` never fall below an equal part. Parts scale with ``state.importance``.
     """
