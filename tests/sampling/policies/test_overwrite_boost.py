@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -294,7 +294,7 @@ def test_a_thousand_tasks() -> None:
         parts = OverwriteBoost().weights(report, given)
     assert parts[1::2].mean() > 1.5 * parts[2::2].mean() > 0
     assert parts.sum() <= 1 + 1e-9
-    assert len(OverwriteBoost().why(given)) <= 120
+    assert len(OverwriteBoost().why(replace(given, proposed=parts))) <= 120
 
 
 @pytest.mark.parametrize("bad", [NAN, np.inf, 1e300])
@@ -328,21 +328,41 @@ def test_memory_is_plain_data_and_all_there_is() -> None:
 def test_why_says_who_gains_and_loses_and_by_what() -> None:
     run = Run((LEARNER, NOISE, MASTERED))
     assert run.policy.why(run.state(0)) == "equal parts until the first decision"
-    said = []
+    said, last = [], run.go(EVERY)[-1]
     for k in range(EVERY, HORIZON, EVERY):
-        run.go(k)
-        said.append(run.policy.why(run.state(k)))
+        parts = run.go(k)[-1]
+        mixes = {"weights": 0.01 + 0.1 * last, "proposed": 0.01 + 0.1 * parts}  # inside a budget of .1
+        said.append(run.policy.why(replace(run.state(k), **mixes)))
+        last = last if said[-1].startswith("no rare") else parts  # as the ledger's last entry
     assert all(len(line) <= 120 and "\n" not in line for line in said)
-    assert said[0] == "no part moved by more than 1 %"
+    assert said[0] == "no rare task moves by more than 0.5 %"
     text = "\n".join(said)
-    part = r"part {} to \d+(\.\d)? %"
+    share = r"{} to \d+(\.\d)? %"
     for words in (
-        r"first: others undo 1\.3 of its pull: " + part.format("up"),
-        r"second: no progress shown \(trust 0\.\d\): " + part.format("down"),
-        r"third: \d\d % left, loss still falling \(z \d+\.\d\): " + part.format("down"),
-        r"third: done \(need 0\.\d+\): " + part.format("down"),
+        r"first: others undo 1\.3 of its pull, loss still falling \(z \d+\.\d\): " + share.format("up"),
+        r"second: no progress shown \(trust 0\.\d\): " + share.format("down"),
+        r"third: \d\d % left, loss still falling \(z \d+\.\d\): " + share.format("down"),
+        r"third: done \(need 0\.\d+\): " + share.format("down"),
     ):
         assert re.search(words, text), words
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_the_ledger_says_why_of_all_that_moved_since_its_last_entry(slow: bool) -> None:
+    """Also where a part moved by less than is noticed at every single decision."""
+    options: dict[str, Any] = {"num_batches": 2000, "horizon": 2000, "budget": 0.1, "delay": 0}
+    sampler = AdaptiveBatchSampler({"common": 970, "a": 15, "b": 15}, 100, OverwriteBoost(fresh=True), **options)
+    nan = np.full(3, NAN)
+    for k, _ in enumerate(sampler):
+        left = np.exp(-k / (2000 if slow else 100))
+        report = SimpleNamespace(
+            tasks=sampler.tasks, valid=True, step=k, examples=np.array([90, 5, 5]), tokens=np.array([90, 5, 5]),
+            norm=np.array([0.1, left**0.5, 1.0]), loss=np.array([0.5, left, 1.0]), overwrite=nan, overwrite_se=nan,
+        )  # fmt: skip
+        sampler.update(report)
+    whys = [entry.why for entry in sampler.ledger][1:]
+    assert len(whys) > 3
+    assert not [why for why in whys if not re.search("^(a|b): .* (up|down) to", why)]
 
 
 def test_fresh_is_a_flag() -> None:

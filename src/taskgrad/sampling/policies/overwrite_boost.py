@@ -77,8 +77,8 @@ LEAST_TRUST = 0.3
 """Below it a task is cut."""
 ASSUMED, LONGER = 2000, 1.5
 """Batches of a run whose horizon is unknown: so many, or so many times those so far."""
-NOTICED = 0.01
-"""Of a part: smaller changes are not explained."""
+NOTICED = 0.005
+"""Of a share: smaller changes are not explained."""
 _TINY = 1e-12
 
 
@@ -122,7 +122,7 @@ class OverwriteBoost(Policy):
         memory = state.memory
         if not memory:
             parts = _equal_parts(state).tolist()
-            memory.update(reports=0, sums=[[0.0] * len(parts)] * 5, parts=parts, before=parts, kept={})
+            memory.update(reports=0, sums=[[0.0] * len(parts)] * 5, parts=parts, kept={})
         examples, norm = counted(report), column(report, "norm")
         seen = (examples > 0) & np.isfinite(norm)
         energy = np.where(seen, examples, 0.0) * np.square(np.where(seen, norm, 0.0))
@@ -133,29 +133,30 @@ class OverwriteBoost(Policy):
         memory["reports"] += 1
         if memory["reports"] % EVERY == 0:
             ratio = column(report, "overwrite"), column(report, "overwrite_se")
-            memory["before"], memory["parts"] = memory["parts"], self._decide(sums, ratio, state).tolist()
+            memory["parts"] = self._decide(sums, ratio, state).tolist()
             sums[:] = 0.0
         memory["sums"] = sums.tolist()
         return np.array(memory["parts"])
 
     def why(self, state: PolicyState) -> str:
-        """What moved the parts that changed most in the last decision, at most three of them, in 120 characters or so:
-        "addition: others undo 1.3 of its pull, loss still falling (z 4.1): part up to 1.6 %" of the batch."""
-        memory = state.memory
-        if not memory.get("kept"):
+        """Why ``state.weights`` become ``state.proposed``: the rare tasks whose share of a batch moves most, at most
+        three of them, in 120 characters or so: "addition: others undo 1.3 of its pull, loss still falling (z 4.1): up
+        to 1.6 %"."""
+        kept = state.memory.get("kept")
+        if not kept:
             return "equal parts until the first decision"
-        parts, before = np.array(memory["parts"]), np.array(memory["before"])
+        assert state.proposed is not None
+        moved = np.where(_equal_parts(state) > 0, np.abs(state.proposed - state.weights), 0.0)
         out: list[str] = []
-        for t in np.argsort(-np.abs(parts - before), kind="stable")[:3]:
-            if abs(parts[t] - before[t]) <= NOTICED * before[t]:
+        for t in np.argsort(-moved, kind="stable")[:3]:
+            if moved[t] <= NOTICED * state.weights[t]:
                 break
-            share = 100 * float(parts[t]) * (state.budget or 1.0)
-            moved = "up" if parts[t] > before[t] else "down"
-            text = f"{state.tasks[t]}: {_reason(memory['kept'], int(t))}: part {moved} to {share:.2g} %"
+            way = "up" if state.proposed[t] > state.weights[t] else "down"
+            text = f"{state.tasks[t]}: {_reason(kept, int(t))}: {way} to {100 * state.proposed[t]:.2g} %"
             if out and len("; ".join([*out, text])) > 120:
                 break
             out.append(text)
-        return "; ".join(out) or f"no part moved by more than {100 * NOTICED:g} %"
+        return "; ".join(out) or f"no rare task moves by more than {100 * NOTICED:g} %"
 
     def _decide(self, sums: FloatArray, ratio: tuple[FloatArray, FloatArray], state: PolicyState) -> FloatArray:
         """Enter what the reports since the last decision summed up to, and set the parts [T]."""
