@@ -41,6 +41,8 @@ class Report:
     loss: np.ndarray
     norm: np.ndarray
     signal: np.ndarray
+    overwrite: np.ndarray
+    overwrite_se: np.ndarray
     gram: np.ndarray | None
     valid: bool = True
 
@@ -81,6 +83,8 @@ class Training:
             loss=np.where(has, 3 * left * (1 + 0.3 * spread * rng.standard_normal(count)), np.nan),
             norm=np.where(has, norm, np.nan),
             signal=np.where(has, signal, np.nan),
+            overwrite=np.where(self.hopeless, np.nan, 1.3 + 0.2 * rng.standard_normal(count)),
+            overwrite_se=np.full(count, 0.2),
             gram=gram,
         )
 

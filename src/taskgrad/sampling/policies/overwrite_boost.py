@@ -141,11 +141,10 @@ class OverwriteBoost(Policy):
     def why(self, state: PolicyState) -> str:
         """Why ``state.weights`` become ``state.proposed``: the rare tasks whose share of a batch moves most, at most
         three of them, in 120 characters or so: "addition: others undo 1.3 of its pull, loss still falling (z 4.1): up
-        to 1.6 %"."""
+        to 1.6 %". Nothing where none moves by more than ``NOTICED``."""
         kept = state.memory.get("kept")
-        if not kept:
-            return "equal parts until the first decision"
-        assert state.proposed is not None
+        if not kept or state.proposed is None:
+            return ""
         moved = np.where(_equal_parts(state) > 0, np.abs(state.proposed - state.weights), 0.0)
         out: list[str] = []
         for t in np.argsort(-moved, kind="stable")[:3]:
@@ -156,7 +155,7 @@ class OverwriteBoost(Policy):
             if out and len("; ".join([*out, text])) > 120:
                 break
             out.append(text)
-        return "; ".join(out) or f"no rare task moves by more than {100 * NOTICED:g} %"
+        return "; ".join(out)
 
     def _decide(self, sums: FloatArray, ratio: tuple[FloatArray, FloatArray], state: PolicyState) -> FloatArray:
         """Enter what the reports since the last decision summed up to, and set the parts [T]."""
