@@ -20,8 +20,9 @@ from .overwrite import Overwriting
 from .probe import StepProbe
 from .probes import UNSEEN, Probes
 from .reduce import all_reduce_flat, world_size
-from .report import StepReport, cosines
+from .report import StepReport
 from .silence import Silence
+from .statistics.cosine import cosines
 from .sums import differing, tolerances, unlike
 from .uses import REASON as REUSED
 from .uses import SECOND_BATCH, read_uses
