@@ -12,13 +12,6 @@ from torch import Tensor
 from ._gloo_exit import wait_at_exit
 
 
-def world_size(group: dist.ProcessGroup | None) -> int:
-    """Ranks in ``group`` (``None``: the default group), 1 where torch.distributed is not in use."""
-    if not dist.is_available() or not dist.is_initialized():
-        return 1
-    return dist.get_world_size(group)
-
-
 def all_reduce_flat(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
     """The tensors summed over the ranks, in one float64 buffer, in their own dtypes; bit-identical on all ranks."""
     flat = torch.cat([t.double().reshape(-1) for t in tensors])

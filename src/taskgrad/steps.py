@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.amp import GradScaler
 
+from ._ranks import world_size
 from .batches import Batch, Batches
 from .capture import Probe
 from .collected import Collected, Counts, counts_of, wrong_ids
@@ -19,7 +20,7 @@ from .ops.sum_gram import sum_gram
 from .overwrite import Overwriting
 from .probe import StepProbe
 from .probes import UNSEEN, Probes
-from .reduce import all_reduce_flat, world_size
+from .reduce import all_reduce_flat
 from .report import StepReport
 from .silence import Silence
 from .statistics.cosine import cosines

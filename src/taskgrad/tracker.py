@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from ._ranks import world_size
 from .batches import Batch, Batches
 from .capture.shared_row import make_plain
 from .closing import StepHooks
@@ -22,7 +23,6 @@ from .coverage import Coverage
 from .delivery import Delivery, Listener
 from .probe import StepProbe
 from .probes import Probes
-from .reduce import world_size
 from .report import StepReport
 from .root_hooks import RootHooks
 from .rows import Rows, check_ids, check_loss_weight, check_weight, check_weight_total

@@ -35,13 +35,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from ._ranks import world_size
 from .accumulation import in_backward
 from .batch_statistics import BatchStatistics, batch_norm_trains
 from .capture.site import Owner, Site
 from .fingerprint import Trace, extra_pass
 from .isolation import Snapshot
 from .moves import Move, apply, example_moves, token_moves
-from .reduce import world_size
 from .root_hooks import RootHooks
 from .rows import Rows
 from .tracing import traced
