@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskgrad.sketch import sketch_map
+from taskgrad.capture.sketch import sketch_map
 from taskgrad.statistics.cosine import cosine_error
 
 SHAPES = [(40, 30), (3, 700), (700, 3), (1, 900), (900, 1), (2000,), (7, 5, 3, 3), (64, 64), (33, 129)]

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .capture.sketch import SketchMap
 from .report import Sketches, StepReport
 from .rows import ids_range
-from .sketch import SketchMap
 from .validity import because
 
 VECTORS = (

@@ -14,8 +14,8 @@ from .accumulation import Accumulation
 from .capture import Capture, Probe, find_capture, register_transformers
 from .capture.route import forget_compiled, site_of
 from .capture.site import Owner, Site
+from .capture.sketch import sketch_map
 from .coverage import Coverage
-from .sketch import sketch_map
 
 STRAY = (
     "one row [1, ...] shared by all examples is used for more than an addition to their rows, so its gradient cannot "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._text import printable
-from .sketch import SketchMap
+from .capture.sketch import SketchMap
 from .statistics.cosine import cosine_error
 
 NAME_WIDTH = 40  # characters of a task's name in the table

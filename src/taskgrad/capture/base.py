@@ -24,8 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from ..accumulation import Accumulation, Held
 from ..ops import sketch_params
 from ..rows import Rows
-from ..sketch import SketchMap, project, scaled, sketch_dim
 from .route import class_forward
+from .sketch import SketchMap, project, scaled, sketch_dim
 
 
 class Unattributed(Exception):

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..ops.segment_sum import stat_dtype
 from ..rows import Rows
-from ..sketch import scaled
 from .base import (
     NOTHING,
     Capture,
@@ -25,6 +24,7 @@ from .base import (
     tap_grad_of,
     wants_gram,
 )
+from .sketch import scaled
 
 
 class _Linear(torch.autograd.Function):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..sketch import SketchMap
+from ..capture.sketch import SketchMap
 
 
 def cosines(gram: Tensor) -> tuple[Tensor, Tensor]:
