@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from taskgrad.capture.task_rows import Rows
 from taskgrad.delivery import Delivery
-from taskgrad.rows import Rows
 
 CPU = torch.device("cpu")
 

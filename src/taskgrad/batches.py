@@ -13,8 +13,8 @@ from torch import Tensor
 from .accumulation import in_backward
 from .capture.shared_row import make_plain
 from .capture.site import Site
+from .capture.task_rows import Rows
 from .ops.segment_sum import segment_sum
-from .rows import Rows
 
 
 class Batch:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .capture.sketch import SketchMap
+from .capture.task_rows import ids_range
 from .report import Sketches, StepReport
-from .rows import ids_range
 from .validity import because
 
 VECTORS = (

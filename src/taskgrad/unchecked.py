@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .accumulation import in_backward
 from .capture import Capture, Probe
-from .rows import Rows
+from .capture.task_rows import Rows
 
 
 class Unchecked(Capture):

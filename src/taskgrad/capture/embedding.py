@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.segment_sum import stat_dtype
-from ..rows import Rows
 from .base import (
     Capture,
     Probe,
@@ -23,6 +22,7 @@ from .base import (
 )
 from .shared_row import SharedRow, shared_row
 from .sketch import scaled
+from .task_rows import Rows
 
 
 class _Embedding(torch.autograd.Function):
