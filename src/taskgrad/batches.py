@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .accumulation import in_backward
+from .capture.accumulation import in_backward
 from .capture.shared_row import make_plain
 from .capture.site import Site
 from .capture.task_rows import Rows

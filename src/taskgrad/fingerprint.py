@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .accumulation import in_backward
+from .capture.accumulation import in_backward
 from .capture.site import Owner, Site
 from .tracing import traced
 

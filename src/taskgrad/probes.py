@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ._text import printable
-from .accumulation import Accumulation
 from .capture import Capture, Probe, find_capture, register_transformers
+from .capture.accumulation import Accumulation
 from .capture.route import forget_compiled, site_of
 from .capture.site import Owner, Site
 from .capture.sketch import sketch_map

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .accumulation import in_backward
 from .capture import Capture, Probe
+from .capture.accumulation import in_backward
 from .capture.task_rows import Rows
 
 

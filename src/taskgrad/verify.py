@@ -36,8 +36,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from ._ranks import world_size
-from .accumulation import in_backward
 from .batch_statistics import BatchStatistics, batch_norm_trains
+from .capture.accumulation import in_backward
 from .capture.site import Owner, Site
 from .capture.task_rows import Rows
 from .fingerprint import Trace, extra_pass
