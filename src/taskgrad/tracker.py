@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from ._ranks import world_size
 from .batches import Batch, Batches
+from .capture.root_hooks import RootHooks
 from .capture.shared_row import make_plain
 from .capture.task_rows import Rows, check_ids, check_loss_weight, check_weight, check_weight_total
 from .closing import StepHooks
@@ -25,7 +26,6 @@ from .delivery import Delivery, Listener
 from .probe import StepProbe
 from .probes import Probes
 from .report import StepReport
-from .root_hooks import RootHooks
 from .state import SKETCH_SEED, Load, check_state, state_of
 from .steps import Steps
 from .verify import RowCheck

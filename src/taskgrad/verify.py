@@ -38,12 +38,12 @@ from torch.nn.parameter import is_lazy
 from ._ranks import world_size
 from .batch_statistics import BatchStatistics, batch_norm_trains
 from .capture.accumulation import in_backward
+from .capture.root_hooks import RootHooks
 from .capture.site import Owner, Site
 from .capture.task_rows import Rows
 from .fingerprint import Trace, extra_pass
 from .isolation import Snapshot
 from .moves import Move, apply, example_moves, token_moves
-from .root_hooks import RootHooks
 from .tracing import traced
 from .trial import Trial
 from .unchecked import Unchecked
