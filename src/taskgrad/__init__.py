@@ -18,7 +18,7 @@ from .batches import Batch
 from .capture import Capture, Probe, Unattributed, per_example, register_capture
 from .capture.task_rows import Rows
 from .checkpoint import load_checkpoint, save_checkpoint
-from .coverage import Coverage
+from .parameters.coverage import Coverage
 from .report import StepReport
 from .sampling import AdaptiveBatchSampler, AdaptiveSampler, TaskIndex, policies
 from .tracker import TaskGradTracker, track

@@ -15,7 +15,7 @@ from .capture.accumulation import Accumulation
 from .capture.route import forget_compiled, site_of
 from .capture.site import Owner, Site
 from .capture.sketch import sketch_map
-from .coverage import Coverage
+from .parameters.coverage import Coverage
 
 STRAY = (
     "one row [1, ...] shared by all examples is used for more than an addition to their rows, so its gradient cannot "

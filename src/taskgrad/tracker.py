@@ -21,8 +21,8 @@ from .capture.root_hooks import RootHooks
 from .capture.shared_row import make_plain
 from .capture.task_rows import Rows, check_ids, check_loss_weight, check_weight, check_weight_total
 from .closing import StepHooks
-from .coverage import Coverage
 from .delivery import Delivery, Listener
+from .parameters.coverage import Coverage
 from .probe import StepProbe
 from .probes import Probes
 from .report import StepReport

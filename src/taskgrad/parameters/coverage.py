@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ._text import printable
+from .._text import printable
 
 
 @dataclass(frozen=True)
