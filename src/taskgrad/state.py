@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .capture import Probe
 from .overwrite import WINDOW_APPEARANCES, WINDOW_STEPS
-from .probes import Probes
+from .parameters.probes import Probes
 
 if TYPE_CHECKING:
     from .tracker import TaskGradTracker

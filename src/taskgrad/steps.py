@@ -18,8 +18,8 @@ from .delivery import Delivery, Mailbox, invalid_report
 from .memory import Reading, TaskMemory
 from .ops.sum_gram import sum_gram
 from .overwrite import Overwriting
+from .parameters.probes import UNSEEN, Probes
 from .probe import StepProbe
-from .probes import UNSEEN, Probes
 from .reduce import all_reduce_flat
 from .report import StepReport
 from .silence import Silence

@@ -23,8 +23,8 @@ from .capture.task_rows import Rows, check_ids, check_loss_weight, check_weight,
 from .closing import StepHooks
 from .delivery import Delivery, Listener
 from .parameters.coverage import Coverage
+from .parameters.probes import Probes
 from .probe import StepProbe
-from .probes import Probes
 from .report import StepReport
 from .state import SKETCH_SEED, Load, check_state, state_of
 from .steps import Steps

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ._text import printable
-from .capture import Capture, Probe, find_capture, register_transformers
-from .capture.accumulation import Accumulation
-from .capture.route import forget_compiled, site_of
-from .capture.site import Owner, Site
-from .capture.sketch import sketch_map
-from .parameters.coverage import Coverage
+from .._text import printable
+from ..capture import Capture, Probe, find_capture, register_transformers
+from ..capture.accumulation import Accumulation
+from ..capture.route import forget_compiled, site_of
+from ..capture.site import Owner, Site
+from ..capture.sketch import sketch_map
+from .coverage import Coverage
 
 STRAY = (
     "one row [1, ...] shared by all examples is used for more than an addition to their rows, so its gradient cannot "
