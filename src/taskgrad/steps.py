@@ -15,7 +15,6 @@ from .batches import Batch, Batches
 from .capture import Probe
 from .collected import Collected, Counts, counts_of, wrong_ids
 from .delivery import Delivery, Mailbox, invalid_report
-from .memory import Reading, TaskMemory
 from .ops.sum_gram import sum_gram
 from .overwrite import Overwriting
 from .parameters.probes import UNSEEN, Probes
@@ -24,6 +23,7 @@ from .reduce import all_reduce_flat
 from .report import StepReport
 from .silence import Silence
 from .statistics.cosine import cosines
+from .statistics.memory import Reading, TaskMemory
 from .sums import differing, tolerances, unlike
 from .uses import REASON as REUSED
 from .uses import SECOND_BATCH, read_uses

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ops import memory_dot
+from ..ops import memory_dot
 
 COLUMNS = 1 << 14  # worked on at a time, so that what is between two passes stays in the cache
 
