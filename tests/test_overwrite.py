@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import taskgrad as tg
-from taskgrad.overwrite import Moments, Overwriting
+from taskgrad.statistics.windows import Moments, Overwriting
 
 
 def test_overwrite_ratio_of_opposed_targets() -> None:

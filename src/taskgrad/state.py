@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .capture import Probe
-from .overwrite import WINDOW_APPEARANCES, WINDOW_STEPS
 from .parameters.probes import Probes
+from .statistics.windows import WINDOW_APPEARANCES, WINDOW_STEPS
 
 if TYPE_CHECKING:
     from .tracker import TaskGradTracker

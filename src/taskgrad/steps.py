@@ -16,7 +16,6 @@ from .capture import Probe
 from .collected import Collected, Counts, counts_of, wrong_ids
 from .delivery import Delivery, Mailbox, invalid_report
 from .ops.sum_gram import sum_gram
-from .overwrite import Overwriting
 from .parameters.probes import UNSEEN, Probes
 from .probe import StepProbe
 from .reduce import all_reduce_flat
@@ -24,6 +23,7 @@ from .report import StepReport
 from .silence import Silence
 from .statistics.cosine import cosines
 from .statistics.memory import Reading, TaskMemory
+from .statistics.windows import Overwriting
 from .sums import differing, tolerances, unlike
 from .uses import REASON as REUSED
 from .uses import SECOND_BATCH, read_uses
