@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from taskgrad.uses import REASON as USED_TWICE
+from taskgrad.statistics.single_use import REASON as USED_TWICE
 from tests.utils.architectures import ARCHITECTURES, Architecture
 from tests.utils.oracle import Gradients, separate_backwards, weight_copies
 from tests.utils.steps import (

@@ -23,10 +23,10 @@ from .report import StepReport
 from .silence import Silence
 from .statistics.cosine import cosines
 from .statistics.memory import Reading, TaskMemory
+from .statistics.single_use import REASON as REUSED
+from .statistics.single_use import SECOND_BATCH, read_uses
 from .statistics.windows import Overwriting
 from .sums import differing, tolerances, unlike
-from .uses import REASON as REUSED
-from .uses import SECOND_BATCH, read_uses
 from .validity import REASONS
 from .verify import RowCheck
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .capture import Probe
+from ..capture import Probe
 
 REASON = "used more than once in a step, and accumulate=False adds up Grams of single uses; use accumulate=True"
 
