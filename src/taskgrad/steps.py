@@ -13,6 +13,7 @@ from torch.amp import GradScaler
 from ._ranks import world_size
 from .batches import Batch, Batches
 from .capture import Probe
+from .checks.sums import differing, tolerances, unlike
 from .collected import Collected, Counts, counts_of, wrong_ids
 from .delivery import Delivery, Mailbox, invalid_report
 from .ops.sum_gram import sum_gram
@@ -26,7 +27,6 @@ from .statistics.memory import Reading, TaskMemory
 from .statistics.single_use import REASON as REUSED
 from .statistics.single_use import SECOND_BATCH, read_uses
 from .statistics.windows import Overwriting
-from .sums import differing, tolerances, unlike
 from .validity import REASONS
 from .verify import RowCheck
 
