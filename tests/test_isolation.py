@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import taskgrad as tg
-from taskgrad.isolation import Snapshot, _own, undisturbed
+from taskgrad.checks.undisturbed import Snapshot, _own, undisturbed
 
 IDS = torch.arange(6) % 2
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .isolation import undisturbed
+from .checks.undisturbed import undisturbed
 
 
 class StepProbe:
@@ -19,7 +19,7 @@ class StepProbe:
         self.after: Tensor | None = None
 
     def measure(self) -> Tensor:
-        """The loss now, without a trace (``isolation.Snapshot`` says what is covered).
+        """The loss now, without a trace (``undisturbed.Snapshot`` says what is covered).
 
         BatchNorm uses its running statistics: the probe's batch is often of one task, and its own statistics are not
         those that the model trains or is evaluated with.

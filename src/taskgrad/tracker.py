@@ -278,7 +278,8 @@ class TaskGradTracker:
         Called like the model, with inputs for it. Layers that fail are dropped and named by ``coverage()``, which is
         returned, with the reason where these inputs cannot tell. Three forward passes without gradients (five with an
         id per token, twice as many where layers fail that an input of shape (B,) or (B, B) may have misled), after
-        which the model and the random states are as before; ``taskgrad.isolation.Snapshot`` says what that covers.
+        which the model and the random states are as before; ``taskgrad.checks.undisturbed.Snapshot`` says what that
+        covers.
         """
         if self._batches.active is None:
             raise RuntimeError("verify() needs the ids: call it inside `with tracker.batch(ids):`")
@@ -369,7 +370,7 @@ def track(
             two more with an id per token, one more where BatchNorm trains or parts are compiled; on the second and
             third batch too where one could not tell, and on three more at most where layers are first called later),
             and on some steps that the tasks' gradients add up to ``param.grad``. A pass leaves the model and the random
-            states as they were, as far as ``taskgrad.isolation.Snapshot`` says.
+            states as they were, as far as ``taskgrad.checks.undisturbed.Snapshot`` says.
         process_group: the ranks whose gradients are averaged (DistributedDataParallel); ``None`` for the default group.
         include: ``include(name, module)`` says whether a module is tracked.
         accumulate: exact mode: keep the T gradients, so that they add up over uses of a weight and over micro-batches.

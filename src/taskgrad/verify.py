@@ -41,8 +41,8 @@ from .capture.accumulation import in_backward
 from .capture.root_hooks import RootHooks
 from .capture.site import Owner, Site
 from .capture.task_rows import Rows
+from .checks.undisturbed import Snapshot
 from .fingerprint import Trace, extra_pass
-from .isolation import Snapshot
 from .moves import Move, apply, example_moves, token_moves
 from .tracing import traced
 from .trial import Trial
