@@ -983,7 +983,7 @@ def test_what_goes_wrong_in_the_check_does_not_reach_the_forward(place: str) -> 
     model = Counting()
     tracker = tg.track(model, TASKS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"taskgrad.{'fingerprint' if place == 'row_sums' else 'verify'}.{place}", fails)
+        patch.setattr(f"taskgrad.{'checks.fingerprint' if place == 'row_sums' else 'verify'}.{place}", fails)
         coverage = step(tracker, model, floats())
     assert coverage.unverified is not None and "of the check's own" in coverage.unverified
     assert step(tracker, model, floats()).verified

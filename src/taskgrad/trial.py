@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .fingerprint import Trace, merge
+from .checks.fingerprint import Trace, merge
 from .moves import Move, Moved
 
 MIXED = "rows of other examples change with an example: its rows are not the batch's, or examples mix"

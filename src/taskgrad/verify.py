@@ -41,9 +41,9 @@ from .capture.accumulation import in_backward
 from .capture.root_hooks import RootHooks
 from .capture.site import Owner, Site
 from .capture.task_rows import Rows
+from .checks.fingerprint import Trace, extra_pass
 from .checks.traced import traced
 from .checks.undisturbed import Snapshot
-from .fingerprint import Trace, extra_pass
 from .moves import Move, apply, example_moves, token_moves
 from .trial import Trial
 from .unchecked import Unchecked

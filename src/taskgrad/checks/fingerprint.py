@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .capture.accumulation import in_backward
-from .capture.site import Owner, Site
-from .checks.traced import traced
+from ..capture.accumulation import in_backward
+from ..capture.site import Owner, Site
+from .traced import traced
 
 FLOAT32 = 3e-5  # what rounding does to a row over a deep model whose sums over the batch change their order
 COARSER = 8  # units of rounding of coarser types; a layer's output differs by one
