@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import taskgrad as tg
-from taskgrad.moves import rebuild
+from taskgrad.checks.moves import rebuild
 from taskgrad.trial import MIXED, SHIFTED, SHUFFLED, STUCK
 from taskgrad.unchecked import Unchecked
 from taskgrad.verify import LATE, LAZY, TRACED

@@ -42,9 +42,9 @@ from .capture.root_hooks import RootHooks
 from .capture.site import Owner, Site
 from .capture.task_rows import Rows
 from .checks.fingerprint import Trace, extra_pass
+from .checks.moves import Move, apply, example_moves, token_moves
 from .checks.traced import traced
 from .checks.undisturbed import Snapshot
-from .moves import Move, apply, example_moves, token_moves
 from .trial import Trial
 from .unchecked import Unchecked
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import SUPPORTED_NODES
 
-from .checks.fingerprint import row_sums
+from .fingerprint import row_sums
 
 
 @dataclass(frozen=True)
