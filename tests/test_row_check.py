@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import taskgrad as tg
 from taskgrad.checks.moves import rebuild
-from taskgrad.trial import MIXED, SHIFTED, SHUFFLED, STUCK
+from taskgrad.checks.trial import MIXED, SHIFTED, SHUFFLED, STUCK
 from taskgrad.unchecked import Unchecked
 from taskgrad.verify import LATE, LAZY, TRACED
 from tests.utils.zoo.base import SEQ, VOCAB, WIDTH

@@ -44,8 +44,8 @@ from .capture.task_rows import Rows
 from .checks.fingerprint import Trace, extra_pass
 from .checks.moves import Move, apply, example_moves, token_moves
 from .checks.traced import traced
+from .checks.trial import Trial
 from .checks.undisturbed import Snapshot
-from .trial import Trial
 from .unchecked import Unchecked
 
 TRIES = 3

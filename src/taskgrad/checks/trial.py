@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .checks.fingerprint import Trace, merge
-from .checks.moves import Move, Moved
+from .fingerprint import Trace, merge
+from .moves import Move, Moved
 
 MIXED = "rows of other examples change with an example: its rows are not the batch's, or examples mix"
 STUCK = "its rows differ, yet do not move with the examples: they are not the batch's"
