@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import taskgrad as tg
 from taskgrad.checks.moves import rebuild
 from taskgrad.checks.trial import MIXED, SHIFTED, SHUFFLED, STUCK
-from taskgrad.unchecked import Unchecked
+from taskgrad.checks.unchecked import Unchecked
 from taskgrad.verify import LATE, LAZY, TRACED
 from tests.utils.zoo.base import SEQ, VOCAB, WIDTH
 from tests.utils.zoo.sequence import GPT, Block

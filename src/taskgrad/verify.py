@@ -45,8 +45,8 @@ from .checks.fingerprint import Trace, extra_pass
 from .checks.moves import Move, apply, example_moves, token_moves
 from .checks.traced import traced
 from .checks.trial import Trial
+from .checks.unchecked import Unchecked
 from .checks.undisturbed import Snapshot
-from .unchecked import Unchecked
 
 TRIES = 3
 

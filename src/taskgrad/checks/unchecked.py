@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Capture, Probe
-from .capture.accumulation import in_backward
-from .capture.task_rows import Rows
+from ..capture import Capture, Probe
+from ..capture.accumulation import in_backward
+from ..capture.task_rows import Rows
 
 
 class Unchecked(Capture):
