@@ -9,7 +9,7 @@ other half. What the layers see is compared with what they see in the forward of
 - of the rows that moved one must change, where they can be told apart at all: else the rows are not the batch's;
 - the rows that moved must not come out in another order among themselves.
 
-Where BatchNorm trains (``batch_statistics`` says why) or parts of the model are compiled, a third pass, in eager mode,
+Where BatchNorm trains (``batch_norm`` says why) or parts of the model are compiled, a third pass, in eager mode,
 takes the place of training's forward. With an id per token two more passes ask whether the row of a token changes with
 the token. Layers that see every example alike (a branch that is zero at the start, one position for all) cannot be told
 and pass; so does what depends on the batch as a whole (BatchNorm in training mode): that is row attribution.
@@ -36,11 +36,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from ._ranks import world_size
-from .batch_statistics import BatchStatistics, batch_norm_trains
 from .capture.accumulation import in_backward
 from .capture.root_hooks import RootHooks
 from .capture.site import Owner, Site
 from .capture.task_rows import Rows
+from .checks.batch_norm import BatchStatistics, batch_norm_trains
 from .checks.fingerprint import Trace, extra_pass
 from .checks.moves import Move, apply, example_moves, token_moves
 from .checks.traced import traced
