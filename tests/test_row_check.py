@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import taskgrad as tg
 from taskgrad.checks.moves import rebuild
+from taskgrad.checks.row_check import LATE, LAZY, TRACED
 from taskgrad.checks.trial import MIXED, SHIFTED, SHUFFLED, STUCK
 from taskgrad.checks.unchecked import Unchecked
-from taskgrad.verify import LATE, LAZY, TRACED
 from tests.utils.zoo.base import SEQ, VOCAB, WIDTH
 from tests.utils.zoo.sequence import GPT, Block
 
@@ -893,7 +893,7 @@ def test_ranks_agree_on_more_tries() -> None:
     pairs = [late_tracker() for _ in range(2)]
     checks = [tracker._row_check for tracker, _ in pairs]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("taskgrad.verify.world_size", lambda group: 2)
+        patch.setattr("taskgrad.checks.row_check.world_size", lambda group: 2)
         for number in range(6):
             wants = [check.due for check in checks]
             with warnings.catch_warnings():
@@ -983,7 +983,7 @@ def test_what_goes_wrong_in_the_check_does_not_reach_the_forward(place: str) -> 
     model = Counting()
     tracker = tg.track(model, TASKS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"taskgrad.{'checks.fingerprint' if place == 'row_sums' else 'verify'}.{place}", fails)
+        patch.setattr(f"taskgrad.checks.{'fingerprint' if place == 'row_sums' else 'row_check'}.{place}", fails)
         coverage = step(tracker, model, floats())
     assert coverage.unverified is not None and "of the check's own" in coverage.unverified
     assert step(tracker, model, floats()).verified

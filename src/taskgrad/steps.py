@@ -13,6 +13,7 @@ from torch.amp import GradScaler
 from ._ranks import world_size
 from .batches import Batch, Batches
 from .capture import Probe
+from .checks.row_check import RowCheck
 from .checks.sums import differing, tolerances, unlike
 from .collected import Collected, Counts, counts_of, wrong_ids
 from .delivery import Delivery, Mailbox, invalid_report
@@ -28,7 +29,6 @@ from .statistics.single_use import REASON as REUSED
 from .statistics.single_use import SECOND_BATCH, read_uses
 from .statistics.windows import Overwriting
 from .validity import REASONS
-from .verify import RowCheck
 
 CHECK_FIRST, CHECK_EVERY = 3, 100  # steps on which what arrives at a parameter is compared with the sum over tasks
 

@@ -20,6 +20,7 @@ from .batches import Batch, Batches
 from .capture.root_hooks import RootHooks
 from .capture.shared_row import make_plain
 from .capture.task_rows import Rows, check_ids, check_loss_weight, check_weight, check_weight_total
+from .checks.row_check import RowCheck
 from .closing import StepHooks
 from .delivery import Delivery, Listener
 from .parameters.coverage import Coverage
@@ -28,7 +29,6 @@ from .probe import StepProbe
 from .report import StepReport
 from .state import SKETCH_SEED, Load, check_state, state_of
 from .steps import Steps
-from .verify import RowCheck
 
 EXACT_LIMIT = 8 << 30  # bytes of state that exact mode may take
 

@@ -35,18 +35,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from ._ranks import world_size
-from .capture.accumulation import in_backward
-from .capture.root_hooks import RootHooks
-from .capture.site import Owner, Site
-from .capture.task_rows import Rows
-from .checks.batch_norm import BatchStatistics, batch_norm_trains
-from .checks.fingerprint import Trace, extra_pass
-from .checks.moves import Move, apply, example_moves, token_moves
-from .checks.traced import traced
-from .checks.trial import Trial
-from .checks.unchecked import Unchecked
-from .checks.undisturbed import Snapshot
+from .._ranks import world_size
+from ..capture.accumulation import in_backward
+from ..capture.root_hooks import RootHooks
+from ..capture.site import Owner, Site
+from ..capture.task_rows import Rows
+from .batch_norm import BatchStatistics, batch_norm_trains
+from .fingerprint import Trace, extra_pass
+from .moves import Move, apply, example_moves, token_moves
+from .traced import traced
+from .trial import Trial
+from .unchecked import Unchecked
+from .undisturbed import Snapshot
 
 TRIES = 3
 
