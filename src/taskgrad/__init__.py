@@ -14,7 +14,6 @@ for batch in torch.utils.data.DataLoader(dataset, batch_sampler=sampler):
 from __future__ import annotations
 
 from . import ops
-from .batches import Batch
 from .capture import Capture, Probe, Unattributed, per_example, register_capture
 from .capture.task_rows import Rows
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -22,6 +21,7 @@ from .parameters.coverage import Coverage
 from .report import StepReport
 from .sampling import AdaptiveBatchSampler, AdaptiveSampler, TaskIndex, policies
 from .tracker import TaskGradTracker, track
+from .tracking.batches import Batch
 
 __version__ = "0.1.0"
 

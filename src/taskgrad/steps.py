@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from ._ranks import world_size
-from .batches import Batch, Batches
 from .capture import Probe
 from .checks.row_check import RowCheck
 from .checks.sums import differing, tolerances, unlike
@@ -28,6 +27,7 @@ from .statistics.memory import Reading, TaskMemory
 from .statistics.single_use import REASON as REUSED
 from .statistics.single_use import SECOND_BATCH, read_uses
 from .statistics.windows import Overwriting
+from .tracking.batches import Batch, Batches
 from .validity import REASONS
 
 CHECK_FIRST, CHECK_EVERY = 3, 100  # steps on which what arrives at a parameter is compared with the sum over tasks

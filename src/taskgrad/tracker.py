@@ -16,7 +16,6 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ._ranks import world_size
-from .batches import Batch, Batches
 from .capture.root_hooks import RootHooks
 from .capture.shared_row import make_plain
 from .capture.task_rows import Rows, check_ids, check_loss_weight, check_weight, check_weight_total
@@ -29,6 +28,7 @@ from .probe import StepProbe
 from .report import StepReport
 from .state import SKETCH_SEED, Load, check_state, state_of
 from .steps import Steps
+from .tracking.batches import Batch, Batches
 
 EXACT_LIMIT = 8 << 30  # bytes of state that exact mode may take
 

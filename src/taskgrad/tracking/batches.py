@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .capture.accumulation import in_backward
-from .capture.shared_row import make_plain
-from .capture.site import Site
-from .capture.task_rows import Rows
-from .ops.segment_sum import segment_sum
+from ..capture.accumulation import in_backward
+from ..capture.shared_row import make_plain
+from ..capture.site import Site
+from ..capture.task_rows import Rows
+from ..ops.segment_sum import segment_sum
 
 
 class Batch:
