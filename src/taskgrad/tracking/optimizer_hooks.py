@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch.optim import Optimizer
 
-from .capture.accumulation import in_backward
+from ..capture.accumulation import in_backward
 
 
 class Closes(Protocol):
