@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .capture import Probe
-from .tracking.batches import Batch
+from ..capture import Probe
+from .batches import Batch
 
 
 @dataclass
