@@ -20,7 +20,7 @@ from torch import Tensor
 from .capture.sketch import SketchMap
 from .capture.task_rows import ids_range
 from .report import Sketches, StepReport
-from .validity import because
+from .tracking.validity import because
 
 VECTORS = (
     "others_cosine",

@@ -28,7 +28,7 @@ from .statistics.single_use import SECOND_BATCH, read_uses
 from .statistics.windows import Overwriting
 from .tracking.batches import Batch, Batches
 from .tracking.collected import Collected, Counts, counts_of, wrong_ids
-from .validity import REASONS
+from .tracking.validity import REASONS
 
 CHECK_FIRST, CHECK_EVERY = 3, 100  # steps on which what arrives at a parameter is compared with the sum over tasks
 
