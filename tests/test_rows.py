@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskgrad.capture.task_rows import Rows
-from taskgrad.delivery import Delivery
+from taskgrad.tracking.delivery import Delivery
 
 CPU = torch.device("cpu")
 

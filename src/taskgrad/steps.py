@@ -14,7 +14,6 @@ from ._ranks import world_size
 from .capture import Probe
 from .checks.row_check import RowCheck
 from .checks.sums import differing, tolerances, unlike
-from .delivery import Delivery, Mailbox, invalid_report
 from .ops.sum_gram import sum_gram
 from .parameters.probes import UNSEEN, Probes
 from .probe import StepProbe
@@ -28,6 +27,7 @@ from .statistics.single_use import SECOND_BATCH, read_uses
 from .statistics.windows import Overwriting
 from .tracking.batches import Batch, Batches
 from .tracking.collected import Collected, Counts, counts_of, wrong_ids
+from .tracking.delivery import Delivery, Mailbox, invalid_report
 from .tracking.validity import REASONS
 
 CHECK_FIRST, CHECK_EVERY = 3, 100  # steps on which what arrives at a parameter is compared with the sum over tasks

@@ -20,7 +20,6 @@ from .capture.root_hooks import RootHooks
 from .capture.shared_row import make_plain
 from .capture.task_rows import Rows, check_ids, check_loss_weight, check_weight, check_weight_total
 from .checks.row_check import RowCheck
-from .delivery import Delivery, Listener
 from .parameters.coverage import Coverage
 from .parameters.probes import Probes
 from .probe import StepProbe
@@ -28,6 +27,7 @@ from .report import StepReport
 from .state import SKETCH_SEED, Load, check_state, state_of
 from .steps import Steps
 from .tracking.batches import Batch, Batches
+from .tracking.delivery import Delivery, Listener
 from .tracking.optimizer_hooks import StepHooks
 
 EXACT_LIMIT = 8 << 30  # bytes of state that exact mode may take

@@ -17,10 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .capture.sketch import SketchMap
-from .capture.task_rows import ids_range
-from .report import Sketches, StepReport
-from .tracking.validity import because
+from ..capture.sketch import SketchMap
+from ..capture.task_rows import ids_range
+from ..report import Sketches, StepReport
+from .validity import because
 
 VECTORS = (
     "others_cosine",
