@@ -19,7 +19,6 @@ from .parameters.probes import UNSEEN, Probes
 from .probe import StepProbe
 from .reduce import all_reduce_flat
 from .report import StepReport
-from .silence import Silence
 from .statistics.cosine import cosines
 from .statistics.memory import Reading, TaskMemory
 from .statistics.single_use import REASON as REUSED
@@ -28,6 +27,7 @@ from .statistics.windows import Overwriting
 from .tracking.batches import Batch, Batches
 from .tracking.collected import Collected, Counts, counts_of, wrong_ids
 from .tracking.delivery import Delivery, Mailbox, invalid_report
+from .tracking.silence import Silence
 from .tracking.validity import REASONS
 
 CHECK_FIRST, CHECK_EVERY = 3, 100  # steps on which what arrives at a parameter is compared with the sum over tasks

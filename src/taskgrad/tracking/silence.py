@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from .report import StepReport
+from ..report import StepReport
 
 WITHOUT_BATCH = 3  # optimizer steps in a row
 WITHOUT_NUMBERS = 10  # reports in a row
