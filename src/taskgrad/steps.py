@@ -17,7 +17,6 @@ from .checks.sums import differing, tolerances, unlike
 from .ops.sum_gram import sum_gram
 from .parameters.probes import UNSEEN, Probes
 from .probe import StepProbe
-from .reduce import all_reduce_flat
 from .report import StepReport
 from .statistics.cosine import cosines
 from .statistics.memory import Reading, TaskMemory
@@ -27,6 +26,7 @@ from .statistics.windows import Overwriting
 from .tracking.batches import Batch, Batches
 from .tracking.collected import Collected, Counts, counts_of, wrong_ids
 from .tracking.delivery import Delivery, Mailbox, invalid_report
+from .tracking.distributed import all_reduce_flat
 from .tracking.silence import Silence
 from .tracking.validity import REASONS
 

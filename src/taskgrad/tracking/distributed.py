@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._gloo_exit import wait_at_exit
+from .._gloo_exit import wait_at_exit
 
 
 def all_reduce_flat(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
