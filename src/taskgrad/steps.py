@@ -16,7 +16,6 @@ from .checks.row_check import RowCheck
 from .checks.sums import differing, tolerances, unlike
 from .ops.sum_gram import sum_gram
 from .parameters.probes import UNSEEN, Probes
-from .probe import StepProbe
 from .report import StepReport
 from .statistics.cosine import cosines
 from .statistics.memory import Reading, TaskMemory
@@ -28,6 +27,7 @@ from .tracking.collected import Collected, Counts, counts_of, wrong_ids
 from .tracking.delivery import Delivery, Mailbox, invalid_report
 from .tracking.distributed import all_reduce_flat
 from .tracking.silence import Silence
+from .tracking.step_probe import StepProbe
 from .tracking.validity import REASONS
 
 CHECK_FIRST, CHECK_EVERY = 3, 100  # steps on which what arrives at a parameter is compared with the sum over tasks

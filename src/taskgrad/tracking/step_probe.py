@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .checks.undisturbed import undisturbed
+from ..checks.undisturbed import undisturbed
 
 
 class StepProbe:
