@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import taskgrad as tg
-from taskgrad import state as states
+from taskgrad.tracking import state as states
 from tests.utils.resume import MODES, Run, resumed
 
 ROOT = Path(__file__).parent.parent

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .capture import Probe
-from .parameters.probes import Probes
-from .statistics.windows import WINDOW_APPEARANCES, WINDOW_STEPS
+from ..capture import Probe
+from ..parameters.probes import Probes
+from ..statistics.windows import WINDOW_APPEARANCES, WINDOW_STEPS
 
 if TYPE_CHECKING:
-    from .tracker import TaskGradTracker
+    from ..tracker import TaskGradTracker
 
 VERSION = 2
 SKETCH_SEED = 0
