@@ -23,12 +23,12 @@ from .checks.row_check import RowCheck
 from .parameters.coverage import Coverage
 from .parameters.probes import Probes
 from .report import StepReport
-from .steps import Steps
 from .tracking.batches import Batch, Batches
 from .tracking.delivery import Delivery, Listener
 from .tracking.optimizer_hooks import StepHooks
 from .tracking.state import SKETCH_SEED, Load, check_state, state_of
 from .tracking.step_probe import StepProbe
+from .tracking.steps import Steps
 
 EXACT_LIMIT = 8 << 30  # bytes of state that exact mode may take
 

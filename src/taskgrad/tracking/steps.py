@@ -10,25 +10,25 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.amp import GradScaler
 
-from ._ranks import world_size
-from .capture import Probe
-from .checks.row_check import RowCheck
-from .checks.sums import differing, tolerances, unlike
-from .ops.sum_gram import sum_gram
-from .parameters.probes import UNSEEN, Probes
-from .report import StepReport
-from .statistics.cosine import cosines
-from .statistics.memory import Reading, TaskMemory
-from .statistics.single_use import REASON as REUSED
-from .statistics.single_use import SECOND_BATCH, read_uses
-from .statistics.windows import Overwriting
-from .tracking.batches import Batch, Batches
-from .tracking.collected import Collected, Counts, counts_of, wrong_ids
-from .tracking.delivery import Delivery, Mailbox, invalid_report
-from .tracking.distributed import all_reduce_flat
-from .tracking.silence import Silence
-from .tracking.step_probe import StepProbe
-from .tracking.validity import REASONS
+from .._ranks import world_size
+from ..capture import Probe
+from ..checks.row_check import RowCheck
+from ..checks.sums import differing, tolerances, unlike
+from ..ops.sum_gram import sum_gram
+from ..parameters.probes import UNSEEN, Probes
+from ..report import StepReport
+from ..statistics.cosine import cosines
+from ..statistics.memory import Reading, TaskMemory
+from ..statistics.single_use import REASON as REUSED
+from ..statistics.single_use import SECOND_BATCH, read_uses
+from ..statistics.windows import Overwriting
+from .batches import Batch, Batches
+from .collected import Collected, Counts, counts_of, wrong_ids
+from .delivery import Delivery, Mailbox, invalid_report
+from .distributed import all_reduce_flat
+from .silence import Silence
+from .step_probe import StepProbe
+from .validity import REASONS
 
 CHECK_FIRST, CHECK_EVERY = 3, 100  # steps on which what arrives at a parameter is compared with the sum over tasks
 
