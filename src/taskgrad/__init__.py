@@ -20,8 +20,8 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .parameters.coverage import Coverage
 from .report import StepReport
 from .sampling import AdaptiveBatchSampler, AdaptiveSampler, TaskIndex, policies
-from .tracker import TaskGradTracker, track
 from .tracking.batches import Batch
+from .tracking.tracker import TaskGradTracker, track
 
 __version__ = "0.1.0"
 

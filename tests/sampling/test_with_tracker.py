@@ -11,7 +11,7 @@ from torch import nn
 
 import taskgrad.sampling
 from taskgrad.sampling import AdaptiveBatchSampler
-from taskgrad.tracker import track
+from taskgrad.tracking.tracker import track
 
 TASKS = ["text", "code", "legal"]
 

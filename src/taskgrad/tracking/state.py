@@ -22,7 +22,7 @@ from ..parameters.probes import Probes
 from ..statistics.windows import WINDOW_APPEARANCES, WINDOW_STEPS
 
 if TYPE_CHECKING:
-    from ..tracker import TaskGradTracker
+    from .tracker import TaskGradTracker
 
 VERSION = 2
 SKETCH_SEED = 0

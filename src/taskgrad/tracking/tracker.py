@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from ._ranks import world_size
-from .capture.root_hooks import RootHooks
-from .capture.shared_row import make_plain
-from .capture.task_rows import Rows, check_ids, check_loss_weight, check_weight, check_weight_total
-from .checks.row_check import RowCheck
-from .parameters.coverage import Coverage
-from .parameters.probes import Probes
-from .report import StepReport
-from .tracking.batches import Batch, Batches
-from .tracking.delivery import Delivery, Listener
-from .tracking.optimizer_hooks import StepHooks
-from .tracking.state import SKETCH_SEED, Load, check_state, state_of
-from .tracking.step_probe import StepProbe
-from .tracking.steps import Steps
+from .._ranks import world_size
+from ..capture.root_hooks import RootHooks
+from ..capture.shared_row import make_plain
+from ..capture.task_rows import Rows, check_ids, check_loss_weight, check_weight, check_weight_total
+from ..checks.row_check import RowCheck
+from ..parameters.coverage import Coverage
+from ..parameters.probes import Probes
+from ..report import StepReport
+from .batches import Batch, Batches
+from .delivery import Delivery, Listener
+from .optimizer_hooks import StepHooks
+from .state import SKETCH_SEED, Load, check_state, state_of
+from .step_probe import StepProbe
+from .steps import Steps
 
 EXACT_LIMIT = 8 << 30  # bytes of state that exact mode may take
 
