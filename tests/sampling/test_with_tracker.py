@@ -1,15 +1,11 @@
-"""The loop of the README: tracker, default policy, DataLoader with workers; and what sampling may import."""
+"""The loop of the README: tracker, default policy, DataLoader with workers."""
 
 from __future__ import annotations
-
-import ast
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-import taskgrad.sampling
 from taskgrad.sampling import AdaptiveBatchSampler
 from taskgrad.tracking.tracker import track
 
@@ -39,14 +35,3 @@ def test_the_usual_loop(workers: int) -> None:
     assert sampler.tasks == tuple(TASKS)
     assert sampler.consumed == 2 * len(sampler) == 70
     assert sampler.realised().examples.sum() == 70 * 16
-
-
-def test_sampling_imports_nothing_above_it() -> None:
-    package = Path(taskgrad.sampling.__file__).parent
-    for path in package.rglob("*.py"):
-        depth = len(path.relative_to(package).parts)
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                leaf = node.level == depth + 1 and node.module in ("_text", "_files", "_gloo_exit")  # below every room
-                assert leaf or node.level <= depth, f"{path.name} imports from outside of sampling"
-                assert not (node.module or "").startswith("taskgrad"), path.name
