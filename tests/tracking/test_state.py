@@ -20,7 +20,7 @@ import taskgrad as tg
 from taskgrad.tracking import state as states
 from tests.utils.resume import MODES, Run, resumed
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TASKS = ["a", "b", "c"]
 IDS = torch.tensor([0, 1, 2, 0, 1, 2, 0, -1])
 
