@@ -1,3 +1,5 @@
+"""The windowed ratios: overwriting and what was kept."""
+
 from __future__ import annotations
 
 import pytest
