@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 if TYPE_CHECKING:
-    from . import Probe
+    from .base import Probe
 
 
 @dataclass
