@@ -19,7 +19,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 def workers_from_a_server() -> None:
     """Workers of a DataLoader do not fork this process: CPython 3.11 can hang where one of its threads holds a lock."""
     multiprocessing.set_start_method("forkserver")
-    multiprocessing.set_forkserver_preload(["torch", "taskgrad"])
+    multiprocessing.set_forkserver_preload(["torch", "taskgrad.checkpoint"])  # which needs all the rest
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,15 +13,49 @@ for batch in torch.utils.data.DataLoader(dataset, batch_sampler=sampler):
 
 from __future__ import annotations
 
-from . import ops
-from .batches import Batch
-from .capture import Capture, Probe, Unattributed, per_example, register_capture
-from .checkpoint import load_checkpoint, save_checkpoint
-from .coverage import Coverage
-from .report import StepReport
-from .rows import Rows
-from .sampling import AdaptiveBatchSampler, AdaptiveSampler, TaskIndex, policies
-from .tracker import TaskGradTracker, track
+from typing import TYPE_CHECKING
+
+from ._lazy import on_first_use
+
+if TYPE_CHECKING:
+    from . import ops
+    from .capture import Capture, Probe, Unattributed, per_example, register_capture
+    from .capture.task_rows import Rows
+    from .checkpoint import load_checkpoint, save_checkpoint
+    from .parameters.coverage import Coverage
+    from .report import StepReport
+    from .sampling import AdaptiveBatchSampler, AdaptiveSampler, TaskIndex, policies
+    from .tracking.batches import Batch
+    from .tracking.tracker import TaskGradTracker, track
+else:
+    __getattr__, __dir__ = on_first_use(
+        __name__,
+        {
+            "AdaptiveBatchSampler": "sampling.sampler",
+            "AdaptiveSampler": "sampling.sampler",
+            "Batch": "tracking.batches",
+            "Capture": "capture",
+            "Coverage": "parameters.coverage",
+            "Probe": "capture",
+            "Rows": "capture.task_rows",
+            "StepReport": "report",
+            "TaskGradTracker": "tracking.tracker",
+            "TaskIndex": "sampling",
+            "Unattributed": "capture",
+            "load_checkpoint": "checkpoint",
+            "per_example": "capture",
+            "policies": "sampling.policies",
+            "register_capture": "capture",
+            "save_checkpoint": "checkpoint",
+            "track": "tracking.tracker",
+            # modules that an import of the package alone has always given
+            "capture": "capture",
+            "checkpoint": "checkpoint",
+            "ops": "ops",
+            "report": "report",
+            "sampling": "sampling",
+        },
+    )
 
 __version__ = "0.1.0"
 

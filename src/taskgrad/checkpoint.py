@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ._files import replacing
 from .sampling import AdaptiveBatchSampler, AdaptiveSampler
-from .tracker import TaskGradTracker
+from .tracking.tracker import TaskGradTracker
 
 FORMAT = "taskgrad.checkpoint"
 VERSION = "1"

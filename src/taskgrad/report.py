@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ._text import printable
-from .sketch import SketchMap, cosine_error
+from .capture.sketch import SketchMap
+from .statistics.cosine import cosine_error
 
 NAME_WIDTH = 40  # characters of a task's name in the table
 
@@ -171,17 +172,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def cosines(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """From the Gram of tasks and rest [T + 1, T + 1]: the cosine [T, T] and cos(g − g_t, g_t) [T]; NaN for zero
-    vectors."""
-    tasks = gram.shape[0] - 1
-    square = gram.diagonal()
-    norm = torch.where(square > 0, square, torch.nan).sqrt()
-    with_all = gram.sum(1)
-    others_square = gram.sum() - 2 * with_all + square
-    # a difference of large numbers: without other rows it is rounding
-    others = torch.where(others_square > 1e-12 * gram.diagonal().sum(), others_square, torch.nan).sqrt()
-    cosine = gram / (norm[:, None] * norm[None, :])
-    return cosine[:tasks, :tasks], ((with_all - square) / (norm * others))[:tasks]

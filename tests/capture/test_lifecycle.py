@@ -256,45 +256,6 @@ def test_tracking_again_after_remove(case: Case) -> None:
         tracker.remove()
 
 
-def test_freezing_and_unfreezing_in_mid_run() -> None:
-    case = make_case(ARCHITECTURES["mlp"], "example")
-    tracker = tg.track(case.model, tasks=list(TASKS), mode="exact")
-    for frozen in ((), ("0.weight", "3.bias"), ("5.weight", "5.bias"), ()):
-        for name, p in case.model.named_parameters():
-            p.requires_grad_(name not in frozen)
-            p.grad = None
-        oracle = separate_backwards(*case.oracle_arguments)
-        run_batch(tracker, case)
-        tracker.step()
-        assert tracker.report().valid
-        parts = tracker.task_gradients()
-        for name in oracle:
-            assert relative_error(parts[name], oracle[name]) <= 1e-10, (frozen, name)
-        for name in frozen:
-            assert name not in parts or not parts[name].any(), (frozen, name)
-        expected = Expected.of(oracle, oracle, case.ids, None)
-        assert_report(tracker.report(), expected, 1e-9)
-
-
-def test_parameters_thawed_after_tracking_began() -> None:
-    """A head that is frozen at first and joins later is measured from then on, or listed."""
-    case = make_case(ARCHITECTURES["mlp"], "example")
-    case.model[5].requires_grad_(False)  # type: ignore[index]
-    tracker = tg.track(case.model, tasks=list(TASKS), mode="exact")
-    run_batch(tracker, case)
-    tracker.step()
-    case.model[5].requires_grad_(True)  # type: ignore[index]
-    case.model.zero_grad()
-    oracle = separate_backwards(*case.oracle_arguments)
-    run_batch(tracker, case)
-    tracker.step()
-    coverage = tracker.coverage()
-    assert set(coverage.attributed) | set(coverage.unattributed) == set(oracle)
-    parts = tracker.task_gradients()
-    for name in coverage.attributed:
-        assert relative_error(parts[name], oracle[name]) <= 1e-10, name
-
-
 def test_several_optimizers_close_one_step_together() -> None:
     case = make_case(ARCHITECTURES["mlp"], "example")
     oracle = separate_backwards(*case.oracle_arguments)
@@ -322,23 +283,3 @@ def test_gradient_clipping_is_one_scalar_and_no_alarm(case: Case) -> None:
         optimizer.zero_grad()
         assert tracker.coverage().unattributed == {}
         assert_report(tracker.report(), Expected.of(oracle, oracle, case.ids, case.weight), 1e-9)
-
-
-def test_moved_to_float64_after_tracking_began() -> None:
-    case = make_case(ARCHITECTURES["mlp"], "example")
-    case.model.float()
-    tracker = tg.track(case.model, tasks=list(TASKS))
-    case.model.double()
-    oracle = separate_backwards(*case.oracle_arguments)
-    run_batch(tracker, case)
-    close(tracker, case, oracle)
-
-
-def test_include_limits_what_is_tracked() -> None:
-    case = make_case(ARCHITECTURES["mlp"], "example")
-    oracle = separate_backwards(*case.oracle_arguments)
-    tracker = tg.track(case.model, tasks=list(TASKS), mode="exact", include=lambda name, module: name == "5")
-    run_batch(tracker, case)
-    tracker.step()
-    assert set(tracker.task_gradients()) == {"5.weight", "5.bias"}
-    assert_report(tracker.report(), Expected.of(oracle, ["5.weight", "5.bias"], case.ids, None), 1e-9)

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import taskgrad as tg
 from taskgrad.sampling import AdaptiveBatchSampler
 from taskgrad.sampling.policies import DoGE, Policy, PolicyState, Uniform
-from taskgrad.tracker import TaskGradTracker
+from taskgrad.tracking.tracker import TaskGradTracker
 from tests.sampling.helpers import NAMES, TASK_OF_EXAMPLE
 
 Batch = tuple[Tensor, Tensor]

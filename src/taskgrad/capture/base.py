@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..accumulation import Accumulation, Held
 from ..ops import sketch_params
-from ..rows import Rows
-from ..sketch import SketchMap, project, scaled, sketch_dim
+from .accumulation import Accumulation, Held
 from .route import class_forward
+from .sketch import SketchMap, project, scaled, sketch_dim
+from .task_rows import Rows
 
 
 class Unattributed(Exception):

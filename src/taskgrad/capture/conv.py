@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.segment_sum import stat_dtype
-from ..rows import Rows
-from ..sketch import scaled
 from .base import (
     NOTHING,
     Capture,
@@ -25,6 +23,8 @@ from .base import (
     tap_grad_of,
     wants_gram,
 )
+from .sketch import scaled
+from .task_rows import Rows
 
 
 class _Conv(torch.autograd.Function):

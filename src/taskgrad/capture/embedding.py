@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.segment_sum import stat_dtype
-from ..rows import Rows
-from ..sketch import scaled
 from .base import (
     Capture,
     Probe,
@@ -23,6 +21,8 @@ from .base import (
     wants_gram,
 )
 from .shared_row import SharedRow, shared_row
+from .sketch import scaled
+from .task_rows import Rows
 
 
 class _Embedding(torch.autograd.Function):

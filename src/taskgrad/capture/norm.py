@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.segment_sum import stat_dtype
-from ..rows import Rows
 from .base import (
     NOTHING,
     Capture,
@@ -29,6 +28,7 @@ from .base import (
     tap_grad_of,
     wants_gram,
 )
+from .task_rows import Rows
 
 
 def _grad_and_stats(

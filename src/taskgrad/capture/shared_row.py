@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..rows import equal_sizes
+from .task_rows import equal_sizes
 
 _ADDITIONS = {
     torch.add,

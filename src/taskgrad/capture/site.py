@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..rows import Rows
 from .base import Capture, Probe, Unattributed
 from .route import class_forward, connect, disconnect
+from .task_rows import Rows
 
 
 class Owner(Protocol):

@@ -1,4 +1,4 @@
-"""The kernels as functions on tensors, each also registered as ``torch.ops.taskgrad.<name>``."""
+"""The kernels as functions on tensors, each also registered as ``torch.ops.taskgrad.<name>`` when this is imported."""
 
 from __future__ import annotations
 

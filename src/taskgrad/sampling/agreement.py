@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from .._gloo_exit import wait_at_exit
 from .arrays import IntArray
 from .quota import ONE
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 _TOLERANCE = ONE >> 20  # what rounding on another machine may make of the same report
 _HEAD = 6  # numbers before the weights: digest (4), whether there is a decision, calls until the next agreement
@@ -35,6 +36,8 @@ class Agreed(NamedTuple):
 
 def world(group: dist.ProcessGroup | None = None) -> int:
     """Ranks of ``group`` (``None``: of the default one), 1 without any."""
+    import torch.distributed as dist
+
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -42,6 +45,9 @@ class Agreement:
     """The ranks that draw the parts of one stream; ``rank``: whose part this one draws."""
 
     def __init__(self, group: dist.ProcessGroup | None, rank: int) -> None:
+        import torch
+        import torch.distributed as dist
+
         self._group, self._rank = group, rank
         wait_at_exit()
         on_host = "cpu" in dist.get_backend_config(group)
@@ -53,6 +59,9 @@ class Agreement:
 
         Raises RuntimeError, on every rank, where one has other data, another decision or count, or another's part.
         """
+        import torch
+        import torch.distributed as dist
+
         mine = np.zeros(_HEAD + tasks, dtype=np.int64)
         mine[:4] = np.frombuffer(hashlib.sha256(own.encode()).digest(), dtype="<i8")
         mine[5] = after

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
-from torch.utils.data import get_worker_info
-
 _FRAMES = 10  # from a sampler's iterator up to the DataLoader's, through what may be wrapped around the sampler
 _MODULES = ("torch.utils.data.", "torchdata.", "accelerate.")
 
@@ -55,6 +53,8 @@ def shards() -> int:
 
 def in_worker() -> bool:
     """Whether this is a worker process of a DataLoader: it has a copy of the sampler."""
+    from torch.utils.data import get_worker_info  # here: this module is imported where there is no torch
+
     return get_worker_info() is not None
 
 

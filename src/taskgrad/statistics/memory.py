@@ -1,0 +1,176 @@
+"""The memory of every task's gradient, and where the parameters stood when the task was last seen.
+
+m_t is the bias-corrected exponential moving average of the task's mean gradient ḡ_t over the steps in which it
+appeared, read before the current batch enters it. When t appears at step k, having last appeared at j < k,
+
+    own_t    = ⟨ḡ_t(k), θ_{j+1} − θ_j⟩     what its own step changed in its loss, to first order
+    others_t = ⟨ḡ_t(k), θ_k − θ_{j+1}⟩     what everything since changed
+
+are unbiased, because the noise of the fresh batch is independent of the path. All vectors are sketches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops import memory_dot
+
+COLUMNS = 1 << 14  # worked on at a time, so that what is between two passes stays in the cache
+
+
+@dataclass
+class Reading:
+    """What one step's gradients say against the memory; float64, NaN where undefined."""
+
+    norm: Tensor  # ‖ḡ_t‖ [T]
+    signal: Tensor  # ⟨m_t, ḡ_t⟩ [T]
+    memory_dot: Tensor  # ⟨m_t, g_s⟩ [T, T + 1], the last column is rest
+    own_effect: Tensor  # [T]
+    others_effect: Tensor  # [T]
+    curvature: Tensor  # ½⟨ḡ_t(k) − m_t, θ_k − θ_j⟩ [T]
+
+
+class TaskMemory:
+    """EMA of the mean gradient of each of T tasks over K columns, and the parameters around its last appearance.
+
+    ``missed`` [T, P] says how many of the appearances a parameter was not in: it began to train later, was frozen, or
+    was left out of a step. Its mean is over the others alone.
+
+    Memory: T·K numbers in the gradients' dtype and 2·T·K float64.
+
+    Args:
+        num_tasks: T.
+        widths: int64 [P], columns of each parameter, K in all.
+        decay: of the EMA, per appearance.
+        dtype, device: of the EMA.
+    """
+
+    def __init__(self, num_tasks: int, widths: Tensor, decay: float, dtype: torch.dtype, device: torch.device) -> None:
+        self.decay = decay
+        width = int(widths.sum())
+        self.widths = widths
+        self.missed = torch.zeros(num_tasks, len(widths), dtype=torch.int64, device=device)
+        self.uneven = False  # whether some parameter missed something
+        self.ema = torch.zeros(num_tasks, width, dtype=dtype, device=device)
+        self.before = torch.zeros(num_tasks, width, dtype=torch.float64, device=device)
+        self.after = torch.zeros(num_tasks, width, dtype=torch.float64, device=device)
+        self.count = torch.zeros(num_tasks, dtype=torch.int64, device=device)
+        self.last_seen = torch.full((num_tasks,), -1, dtype=torch.int64, device=device)
+
+    def resume(self, widths: Tensor) -> None:
+        """Fields were replaced by saved ones, of parameters with ``widths`` [P] columns."""
+        self.widths, self.uneven = widths, bool(self.missed.any())
+
+    def widen(self, widths: Tensor, theta: Tensor) -> None:
+        """Add columns for parameters that began to train; they stood at ``theta`` [K] until now."""
+        late = len(widths) - len(self.widths)
+        self.widths = widths
+        self.missed = torch.cat([self.missed, self.count[:, None].expand(-1, late)], 1)
+        self.uneven = True
+        old = self.ema.shape[1]
+        extra = theta[old:].expand(self.ema.shape[0], -1)
+        self.ema = torch.cat([self.ema, torch.zeros_like(extra, dtype=self.ema.dtype)], 1)
+        self.before = torch.cat([self.before, extra], 1)
+        self.after = torch.cat([self.after, extra], 1)
+
+    def forget_columns(self, columns: slice) -> None:
+        self.ema[:, columns] = 0
+
+    def _chunks(self) -> Iterator[slice]:
+        width = self.ema.shape[1]
+        return (slice(start, min(start + COLUMNS, width)) for start in range(0, width, COLUMNS))
+
+    def _correction(self) -> Tensor:
+        """What the EMA is multiplied with so that it does not lean to its start, [T, 1], or [T, K] where parameters
+        differ."""
+        count = self.count[:, None]
+        if self.uneven:
+            missed = torch.repeat_interleave(self.missed, self.widths, 1, output_size=self.ema.shape[1])
+            count = (count - missed).clamp(min=0)
+        bias = 1 - self.decay ** count.double()
+        return torch.where(count > 0, 1 / bias, 0.0)
+
+    def read(self, gradient: Tensor, share: Tensor, theta: Tensor) -> Reading:
+        """Products of the step's gradients with the memory.
+
+        Args:
+            gradient: G [T + 1, K], the last row is rest.
+            share: [T], float64, what makes g_t the mean gradient ḡ_t: Σw / Σ_{rows of t} w; 0 for absent tasks.
+            theta: [K], float64, the parameters the gradients were taken at.
+        """
+        tasks = self.count.shape[0]
+        present, had = share > 0, self.count > 0
+        correction = self._correction()
+        dtype = torch.promote_types(self.ema.dtype, gradient.dtype)  # they differ once the model was moved to float64
+        if self.uneven:
+            dots = memory_dot((self.ema * correction).to(dtype), gradient.to(dtype))
+        else:
+            dots = memory_dot(self.ema.to(dtype), gradient.to(dtype)) * correction
+        square, signal, own, others, bend = torch.zeros(5, tasks, dtype=torch.float64, device=gradient.device)
+        for c in self._chunks():
+            g = gradient[:, c].double()
+            mean = g[:tasks] * share[:, None]
+            memory = self.ema[:, c].double() * (correction[:, c] if self.uneven else correction)
+            before, after, here = self.before[:, c], self.after[:, c], theta[c]
+            square += mean.square().sum(1)
+            signal += (memory * mean).sum(1)
+            own += (mean * (after - before)).sum(1)
+            others += (mean * (here - after)).sum(1)
+            bend += 0.5 * ((mean - memory) * (here - before)).sum(1)
+        nan = torch.full((), torch.nan, dtype=torch.float64, device=gradient.device)
+        both = present & had
+        return Reading(
+            norm=torch.where(present, square.sqrt(), nan),
+            signal=torch.where(both, signal, nan),
+            memory_dot=torch.where(had[:, None], dots, nan),
+            own_effect=torch.where(both, own, nan),
+            others_effect=torch.where(both, others, nan),
+            curvature=torch.where(both, bend, nan),
+        )
+
+    def write(
+        self,
+        gradient: Tensor,
+        share: Tensor,
+        seen: Tensor,
+        before: Tensor,
+        after: Tensor,
+        step: int,
+        left_out: Tensor | None = None,
+    ) -> Tensor:
+        """Enter the step, and say what it did to every task by the memory as it was: ⟨m_t, θ_{k+1} − θ_k⟩ [T].
+
+        Args:
+            gradient: G [T + 1, K].
+            share: as read, [T].
+            seen: [T] bool, the tasks that enter.
+            before, after: [K], float64, the parameters around the step.
+            step: its number.
+            left_out: [P] bool, parameters whose memory stays as it is; ``None`` for none.
+        """
+        tasks = self.count.shape[0]
+        row, correction = seen[:, None], self._correction()
+        out = None
+        if left_out is not None:
+            out = torch.repeat_interleave(left_out, self.widths, output_size=self.ema.shape[1])
+        predicted = torch.zeros(tasks, dtype=torch.float64, device=gradient.device)
+        for c in self._chunks():
+            ema = self.ema[:, c]
+            predicted += (ema.double() * (correction[:, c] if self.uneven else correction)) @ (after[c] - before[c])
+            mean = (gradient[:tasks, c].double() * share[:, None]).to(ema.dtype)
+            # where, not a product: what does not enter may be NaN
+            enters = row if out is None else row & ~out[c]
+            ema.copy_(torch.where(enters, self.decay * ema + (1 - self.decay) * mean, ema))
+            self.before[:, c] = torch.where(row, before[c], self.before[:, c])
+            self.after[:, c] = torch.where(row, after[c], self.after[:, c])
+        predicted = torch.where(self.count > 0, predicted, torch.nan)
+        if left_out is not None:
+            self.missed = self.missed + seen[:, None] * left_out
+            self.uneven = True
+        self.count = self.count + seen
+        self.last_seen = torch.where(seen, step, self.last_seen)
+        return predicted

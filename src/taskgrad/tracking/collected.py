@@ -1,0 +1,107 @@
+"""What a step takes off the taps and off its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..capture import Probe
+from .batches import Batch
+
+
+@dataclass
+class Counts:
+    """Sums over a step's batches, [T + 1] each, the last entry is rest."""
+
+    weight: Tensor  # of the rows, float64
+    mass: Tensor  # shares of the loss: 1 in all for every batch whose loss is its rows' mean
+    entered: Tensor  # the same, times what the task's losses were multiplied with
+    examples: Tensor  # float64
+    loss: Tensor
+    given: Tensor  # bool: every batch entered its losses
+
+    @property
+    def share(self) -> Tensor:
+        """What makes g_t the mean gradient of the task's loss as it was before any factor [T]; 0 for absent tasks."""
+        return torch.where(self.mass > 0, self.mass.sum() / self.entered, 0.0)[:-1]
+
+
+def counts_of(batches: Sequence[Batch], num_tasks: int, device: torch.device) -> Counts:
+    """What a step's batches add up to, on the device."""
+    zero = torch.zeros(num_tasks + 1, dtype=torch.float64, device=device)
+
+    def total(parts: list[Tensor]) -> Tensor:
+        return torch.stack([zero, *(p.to(device, non_blocking=True) for p in parts)]).sum(0)
+
+    losses = [b.task_losses for b in batches if b.task_losses is not None]
+    return Counts(
+        weight=total([b.task_rows.weight for b in batches]),
+        mass=total([b.mass for b in batches]),
+        entered=total([b.entered for b in batches]),
+        examples=total([b.examples for b in batches]),
+        loss=total(losses),
+        given=torch.full((), len(losses) == len(batches), device=device),
+    )
+
+
+def wrong_ids(batches: Sequence[Batch], device: torch.device) -> Tensor | None:
+    """Whether ids or weights on a GPU were none, bool; ``None`` where all were checked."""
+    flags = [b.task_rows.wrong for b in batches if b.task_rows.wrong is not None]
+    return torch.stack(flags).any().to(device) if flags else None
+
+
+@dataclass
+class Collected:
+    """Statistics taken off the taps, optimizer by optimizer; by the names of the parameters.
+
+    ``first`` and ``gone`` are over the parameters with statistics: all gradients are those of the passes after
+    ``gone``, if ``first`` is one of these.
+    """
+
+    taps: dict[str, Tensor] = field(default_factory=dict)
+    written: dict[str, Tensor] = field(default_factory=dict)  # sketches of the gradients that were read
+    others: set[str] = field(default_factory=set)  # whose gradient others wrote after the last pass
+    foreign: set[str] = field(default_factory=set)  # to which a pass without statistics added
+    squares: dict[str, Tensor] = field(default_factory=dict)  # [3], of the passes that were checked
+    names: set[str] = field(default_factory=set)
+    first: int = 1 << 62  # the first pass whose statistics are held
+    gone: int = 0  # the last pass whose gradients are gone
+    passes: int = 0  # backward passes so far, as the first was taken
+    strays: list[Tensor] = field(default_factory=list)  # not looked at on the host
+
+    def take(self, probe: Probe, counts: bool, read: bool) -> None:
+        """Take a probe's statistics. ``counts``: it is not left out; ``read``: look at its gradient in any case."""
+        held, grad, name = probe.held, probe.param.grad, probe.name
+        self.names.add(name)
+        if counts:
+            if probe.tap.grad is not None:
+                self.taps[name] = probe.tap.grad
+                self.first, self.gone = min(self.first, held.first), max(self.gone, held.gone)
+            if grad is not None and (held.written or held.foreign or read or probe.hooked):
+                self.written[name] = probe.sketch_of(grad if grad.layout is torch.strided else grad.to_dense())
+            if held.written:
+                self.others.add(name)
+            if held.foreign:
+                self.foreign.add(name)
+            if probe.squares is not None:
+                self.squares[name] = probe.squares
+        probe.discard()
+
+    def all_squares(self, probes: Sequence[Probe], device: torch.device) -> Tensor | None:
+        """[P, 3], zeros for parameters that no checked pass reached; ``None`` if none was checked."""
+        if not self.squares:
+            return None
+        none = torch.zeros(3, dtype=torch.float64, device=device)
+        return torch.stack([self.squares.get(p.name, none) for p in probes])
+
+    def all_written(self, probes: Sequence[Probe], gradient: Tensor) -> Tensor:
+        """Sketch of ``param.grad`` [K] in float64: read where others may have written it, else what the taps,
+        ``gradient`` [T + 1, K], add up to."""
+        out: Tensor = gradient.double().sum(0)
+        for probe in probes:
+            if probe.name in self.written:
+                out[probe.columns] = self.written[probe.name]
+        return out

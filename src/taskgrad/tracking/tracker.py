@@ -1,0 +1,476 @@
+"""What a user holds: ``track``, ``tracker.batch`` and ``tracker.report``."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from .._ranks import world_size
+from ..capture.root_hooks import RootHooks
+from ..capture.shared_row import make_plain
+from ..capture.task_rows import Rows, check_ids, check_loss_weight, check_weight, check_weight_total
+from ..checks.row_check import RowCheck
+from ..parameters.coverage import Coverage
+from ..parameters.probes import Probes
+from ..report import StepReport
+from .batches import Batch, Batches
+from .delivery import Delivery, Listener
+from .optimizer_hooks import StepHooks
+from .state import SKETCH_SEED, Load, check_state, state_of
+from .step_probe import StepProbe
+from .steps import Steps
+
+EXACT_LIMIT = 8 << 30  # bytes of state that exact mode may take
+
+
+class TaskGradTracker:
+    """Per-task gradient statistics of a model in training; made by ``taskgrad.track``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tasks: Sequence[str],
+        optimizers: Sequence[Optimizer],
+        *,
+        mode: Literal["sketch", "exact"],
+        sketch_dim: int,
+        memory_decay: float,
+        loss_scale: GradScaler | Tensor | None,
+        verify: bool,
+        process_group: dist.ProcessGroup | None,
+        include: Callable[[str, nn.Module], bool] | None,
+        accumulate: bool,
+    ) -> None:
+        self.model = model
+        self.tasks = tuple(tasks)
+        self.mode = mode
+        self.accumulate = accumulate
+        self.sketch_dim = sketch_dim
+        self.process_group = process_group
+        self._batches = Batches()
+        width = None if mode == "exact" and accumulate else sketch_dim
+        self._probes = Probes(model, self._batches, len(self.tasks), width, SKETCH_SEED, include, not accumulate)
+        try:
+            self._root = RootHooks(model, self._called, self._returned)
+            self._row_check = RowCheck(model, self._batches, self._probes.sites, verify, process_group)
+            self._steps = Steps(
+                self.tasks,
+                self._probes,
+                self._batches,
+                self._row_check,
+                memory_decay=memory_decay,
+                loss_scale=loss_scale,
+                guard=verify,
+                group=process_group,
+                by_hand=not optimizers,
+            )
+            self._removed = False
+            self._listener: Listener | None = None
+            self._hooks = StepHooks(optimizers, self._steps) if optimizers else None
+        except BaseException:
+            self._probes.remove()  # a tracker that was not made leaves nothing behind
+            raise
+
+    def batch(
+        self,
+        ids: Tensor,
+        weight: Tensor | None = None,
+        *,
+        weight_total: float | Tensor | None = None,
+        loss_weight: Any = None,
+        advance: bool = True,
+    ) -> Batch:
+        """Attribute the rows of the forward pass inside the context to tasks.
+
+        The ids bind at the forward: the backward may run anywhere before the optimizer step. With ids per example and a
+        model that does not mix examples, g_t is what a separate backward of task t's part of the loss gives. BatchNorm
+        in training mode, in-batch contrastive losses and mixture-of-experts capacity do mix: there g_t is row
+        attribution, the part of the gradient that flows through the weights at the rows of task t. The same holds for
+        ids per token where tokens of different tasks see each other (packing without document masks).
+
+        Args:
+            ids: int64, (B,) one task index per example or (B, S) one per token; -1 belongs to no task ("rest").
+            weight: weight of each row in the loss mean, in the shape of ``ids``; ``None`` for 1. For a mean over
+                tokens it is the number of tokens counted, or mean gradients, signal and memory are wrong:
+                ``(labels != -100).sum(1)``, and ``(labels[:, 1:] != -100).sum(1)`` where the model shifts the labels
+                (transformers' causal models).
+            weight_total: what the loss divides the weighted sum of its rows by, where that is not their summed weight:
+                a count over the whole step, as transformers' Trainer has in ``num_items_in_batch``. Without it every
+                batch is a mean of its own and enters the step with the weight of any other, as in a loop that divides
+                by the number of micro-batches.
+            loss_weight: [T] (tensor, array or sequence), what the loss multiplies every row of a task with before the
+                mean is taken, ``None`` for nothing; the mean still divides by the rows, or their ``weight``. It is
+                divided out of what is said about a task alone (``norm``, ``signal``, memory, effects), which is as if
+                the loss had not been touched; ``gram``, ``cosine`` and ``memory_dot``'s gradients stay those that flow
+                into ``param.grad``. The use is a sampler that boosts tasks while the objective stays the natural mix
+                (``AdaptiveBatchSampler.loss_weight``)::
+
+                    for k, (x, y, ids) in enumerate(loader):  # of the whole run
+                        factor = torch.from_numpy(sampler.loss_weight(k))
+                        with tracker.batch(ids, loss_weight=factor) as b:
+                            per_example = loss_fn(model(x), y)
+                            b.losses(per_example)
+                            (factor[ids].to(per_example) * per_example).mean().backward()
+            advance: for a sampler that follows this tracker: this is one more batch of its loader. False for further
+                ones on the same batch of the loader (GANs, SAM, contrastive pairs).
+
+        Raises:
+            TypeError, ValueError: ids, weight, weight_total or loss_weight of the wrong dtype, shape or range.
+        """
+        if self._removed:
+            raise RuntimeError("this tracker was removed from the model; track() again")
+        check_ids(ids, len(self.tasks))
+        if ids.numel() == 0:
+            raise ValueError(f"ids must not be empty, got shape {tuple(ids.shape)}")
+        if weight is not None:
+            check_weight(weight, ids)
+        if weight_total is not None:
+            check_weight_total(weight_total)
+        if loss_weight is not None:
+            loss_weight = check_loss_weight(loss_weight, len(self.tasks))
+        rows = self._rows(ids, weight, weight_total)
+        return Batch(rows, weight, loss_weight, advance, self._enter, self._leave, self._ran)
+
+    def _rows(self, ids: Tensor, weight: Tensor | None = None, total: float | Tensor | None = None) -> Rows:
+        with torch.inference_mode(False):
+            return Rows(ids, len(self.tasks), self._probes.device, weight, total)
+
+    def _ran(self, batch: Batch) -> None:
+        """A backward pass ran through the batch, maybe one that had been given up, or looked like an evaluation
+        (reentrant checkpointing of the whole model)."""
+        batch.task_rows.backward = self._probes.accumulation.arrive()
+        if batch is not self._batches.active:
+            self._count(batch)
+        if all(b is not batch for b in self._batches.pending):
+            self._batches.pending.append(batch)
+
+    def rows(self, ids: Tensor) -> AbstractContextManager[None]:
+        """Inside a model's forward: the layers called here work on rows with these ids, int64 (N,) (gathered rows, as
+        in a mixture of experts), N may be 0; -1 is rest. Does nothing outside of ``batch``."""
+
+        def make() -> Rows:
+            check_ids(ids, len(self.tasks))
+            return self._rows(ids)
+
+        return self._batches.regroup(make)
+
+    def _enter(self, batch: Batch) -> None:
+        if self._batches.active is not None:
+            raise RuntimeError("tracker.batch() is open already; leave it before the next batch begins")
+        if self._hooks is not None:
+            self._hooks.stay_last()
+        with torch.inference_mode(False):  # what training writes later, also where this is an evaluation
+            self._steps.begin()
+        self._batches.enter(batch)
+        self._with_gradients = self._without_gradients = False
+        self._root.put()
+        self._row_check.enter(batch.task_rows)
+
+    def _leave(self, batch: Batch, failed: bool) -> None:
+        self._batches.leave(batch, failed)
+        self._root.take_away()
+        tried = self._row_check.leave(failed)
+        self._steps.drop_unattributed(batch)
+        if tried and self._row_check.given_up:
+            warnings.warn(
+                f"taskgrad: the rows of the layers were not verified: {self._row_check.reason}; call "
+                "tracker.verify(*inputs) inside tracker.batch() with a batch that can tell, or pass verify=False",
+                stacklevel=4,
+            )
+        evaluation = not batch.graded or (self._without_gradients and not self._with_gradients)
+        if failed or not evaluation or batch.task_rows.backward:
+            self._count(batch)
+
+    def _count(self, batch: Batch) -> None:
+        if self._listener is not None and batch.advance:
+            batch.advance = False
+            self._listener.counted(batch.task_rows.counts)
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model's forward begins."""
+        if torch.is_grad_enabled():
+            self._with_gradients = True
+        else:
+            self._without_gradients = True
+
+    def subscribe(self, listener: Listener) -> None:
+        """Tell ``listener`` of every batch that is left and every step that closes, in the place of the one before
+        (``AdaptiveBatchSampler.follow`` calls this)."""
+        if self._removed:
+            raise RuntimeError("this tracker was removed from the model; track() again")
+        before, self._listener = self._listener, listener
+        if before is not None:
+            before.lost(replaced=True)
+        self._steps.on_close = self._closed
+
+    def unsubscribe(self, listener: Listener) -> None:
+        """Tell ``listener`` no more."""
+        if self._listener is listener:
+            self._listener = None
+
+    def _closed(self, delivery: Delivery) -> None:
+        if self._listener is not None:
+            active = self._batches.active
+            self._listener.closed(delivery, self._lr(), active is not None and active.advance)
+
+    def _lr(self) -> Callable[[], float | None]:
+        """The learning rate that the step was taken with; on a GPU it is read when it is needed."""
+        if self._hooks is None:
+            return lambda: None
+        lr = self._hooks.optimizers[0].param_groups[0]["lr"]
+        taken = lr.detach().clone() if isinstance(lr, Tensor) else lr
+        return lambda: float(taken)
+
+    def _returned(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """The model's forward is over: what it gives away is what it would be without tracking."""
+        if self._batches.active is not None and not torch.compiler.is_compiling():
+            make_plain(self._batches.active.task_rows.shared)
+
+    def step(self) -> None:
+        """Close the step by hand, for a tracker without optimizer: after the update, before gradients are zeroed."""
+        if self._hooks is not None:
+            raise RuntimeError(
+                "this tracker was given the optimizer, whose step closes the step; do not call step() too"
+            )
+        self._steps.collect(None)
+        self._steps.read()
+        self._steps.close()
+
+    def report(self, wait: bool = False) -> StepReport:
+        """The newest complete report; on a CPU that of the step just closed. ``wait`` waits for a GPU's newest step.
+
+        Before the first step, and where the newest step was abandoned, the report is not ``valid``.
+        """
+        self._steps.abandon_if_vanished()
+        report = self._steps.mail.newest(wait)
+        return self._steps.nothing("no step has closed yet") if report is None else report
+
+    def task_gradients(self) -> dict[str, Tensor]:
+        """Exact mode: every attributed parameter's gradient by task, [T + 1, *shape], of the last closed step; the last
+        entry is rest. Raises RuntimeError in sketch mode, where they are never formed, and before the first step."""
+        if self.mode != "exact" or not self.accumulate:
+            raise RuntimeError(
+                'task_gradients() needs mode="exact", with accumulate=True: otherwise they are never formed'
+            )
+        gradient = self._steps.gradient
+        if gradient is None:
+            raise RuntimeError("task_gradients() needs a closed step: call optimizer.step() first")
+        return {p.name: gradient[:, p.columns].unflatten(1, p.param.shape) for p in self._probes.live()}
+
+    def coverage(self) -> Coverage:
+        """Which parameters the numbers are about, and why the others are not."""
+        self._steps.drop_unattributed()
+        return self._probes.coverage(self._row_check.reason, self._row_check.late)
+
+    def verify(self, *args: Any, **kwargs: Any) -> Coverage:
+        """Check inside ``with tracker.batch(ids)`` that the rows of every layer are the rows of the batch.
+
+        Called like the model, with inputs for it. Layers that fail are dropped and named by ``coverage()``, which is
+        returned, with the reason where these inputs cannot tell. Three forward passes without gradients (five with an
+        id per token, twice as many where layers fail that an input of shape (B,) or (B, B) may have misled), after
+        which the model and the random states are as before; ``taskgrad.checks.undisturbed.Snapshot`` says what that
+        covers.
+        """
+        if self._batches.active is None:
+            raise RuntimeError("verify() needs the ids: call it inside `with tracker.batch(ids):`")
+        self._row_check.by_hand(self._batches.active.task_rows, args, kwargs)
+        return self.coverage()
+
+    def probe(self, loss: Callable[[], Tensor]) -> StepProbe:
+        """Measure ``loss()``, say of a fixed batch by task, just before and just after the next optimizer step."""
+        self._steps.probe = StepProbe(self.model, loss)
+        return self._steps.probe
+
+    @property
+    def under_way(self) -> int:
+        """Batches whose gradients wait for the step that they belong to."""
+        self._steps.abandon_if_vanished()
+        return sum(batch.task_rows.backward > 0 for batch in self._batches.pending)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes numbers: settings, memory, windows, what was left out; plain values and CPU tensors.
+
+        Of the last closed step: take it after ``optimizer.step()``, since batches of a step under way are not in it.
+        """
+        return state_of(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state``, in a tracker made as the saved one was; before or after the model is loaded.
+
+        Parameters are matched by name: those frozen or thawed since keep their numbers, those that the state does not
+        know begin afresh. The model may be on another device or of another dtype; the memory keeps its own dtype.
+
+        Raises:
+            TypeError, KeyError, ValueError: a field is missing, damaged, changed since it was saved, or of other
+                settings or another model; the message names it. The tracker is then as it was.
+            RuntimeError: inside ``with tracker.batch(...)``.
+        """
+        with torch.inference_mode(False):
+            self._check_load(state).commit()
+
+    def _check_load(self, state: Mapping[str, Any]) -> Load:
+        if self._batches.active is not None:
+            raise RuntimeError("load_state_dict() would pull the batch away: call it outside of tracker.batch()")
+        return check_state(self, state)
+
+    def remove(self) -> None:
+        """Take every hook and patch off the model and the optimizers. The tracker keeps its last report."""
+        self._removed = True
+        if self._listener is not None:
+            self._listener.lost(replaced=False)
+            self._listener = None
+        self._probes.remove()
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._root.take_away()
+        self._row_check.leave(failed=True)
+        self._batches.pending.clear()
+        self._probes.discard()
+
+
+def track(
+    model: nn.Module,
+    tasks: Sequence[str],
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    *,
+    mode: Literal["sketch", "exact"] = "sketch",
+    sketch_dim: int = 1024,
+    memory_decay: float = 0.98,
+    loss_scale: GradScaler | Tensor | None = None,
+    verify: bool = True,
+    process_group: dist.ProcessGroup | None = None,
+    include: Callable[[str, nn.Module], bool] | None = None,
+    accumulate: bool = True,
+) -> TaskGradTracker:
+    """Track per-task gradients of ``model``, in place: parameters, ``state_dict`` and ``param.grad`` stay as they are.
+
+    Args:
+        model: any module with trainable parameters.
+        tasks: names of the T tasks; ids index them.
+        optimizer: one or several; the step closes when all have stepped. Without one, ``tracker.step()`` closes it.
+        mode: "sketch", cost about flat in T, T · ``sketch_dim`` numbers per parameter; "exact", the T full gradients:
+            (T + 1) · P numbers for the taps, T · P for the memory and 2 · T · P float64 for the effects, P parameters;
+            see ``accumulate`` for the exact Gram without them.
+        sketch_dim: numbers per parameter in sketch mode; smaller parameters are kept exactly.
+        memory_decay: decay of the memory per appearance of a task, in [0, 1). A short memory mostly holds noise that
+            the parameters have just moved along, which biases ``signal`` downwards: at 0.9 it is negative for tasks
+            that are being learned (docs/policy-log.md).
+        loss_scale: the GradScaler (or a scalar tensor) the loss is multiplied with.
+        verify: check the rows of every layer on the first tracked batch (two more forward passes without gradients,
+            two more with an id per token, one more where BatchNorm trains or parts are compiled; on the second and
+            third batch too where one could not tell, and on three more at most where layers are first called later),
+            and on some steps that the tasks' gradients add up to ``param.grad``. A pass leaves the model and the random
+            states as they were, as far as ``taskgrad.checks.undisturbed.Snapshot`` says.
+        process_group: the ranks whose gradients are averaged (DistributedDataParallel); ``None`` for the default group.
+        include: ``include(name, module)`` says whether a module is tracked.
+        accumulate: exact mode: keep the T gradients, so that they add up over uses of a weight and over micro-batches.
+            With False a step is one batch, parameters used more than once are left out by name, ``gram``, ``cosine``
+            and ``others_cosine`` are exact, and what needs the memory is sketched as in sketch mode: the Gram is
+            computed inside the product that gives the weight gradient (``taskgrad.ops.wgrad_gram``).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind; the message says which and what it needs.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(tasks, str) or not all(isinstance(t, str) for t in tasks):
+        raise TypeError(f"tasks must be a sequence of names, got {tasks!r}")
+    if not tasks or len(set(tasks)) != len(tasks):
+        raise ValueError(f"tasks must be distinct names, at least one, got {list(tasks)}")
+    if mode not in ("sketch", "exact"):
+        raise ValueError(f'mode must be "sketch" or "exact", got {mode!r}')
+    if not isinstance(sketch_dim, int):
+        raise TypeError(f"sketch_dim must be an int, got {type(sketch_dim).__name__}")
+    if loss_scale is not None and not isinstance(loss_scale, GradScaler | Tensor):
+        raise TypeError(f"loss_scale must be a GradScaler or a scalar tensor, got {type(loss_scale).__name__}")
+    if include is not None and not callable(include):
+        raise TypeError(f"include must be a function of (name, module), got {type(include).__name__}")
+    if sketch_dim < 16:
+        raise ValueError(f"sketch_dim must be at least 16, got {sketch_dim}")
+    if not 0 <= memory_decay < 1:
+        raise ValueError(f"memory_decay must lie in [0, 1), got {memory_decay}")
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("model has no trainable parameters: every requires_grad is False")
+    _refuse_sharded(model, trainable)
+    for o in (optimizers := _optimizers(optimizer)):
+        held = {id(p) for group in o.param_groups for p in group["params"]}
+        if held.isdisjoint(id(p) for p in trainable):
+            raise ValueError("optimizer holds none of the model's trainable parameters; pass the one that trains it")
+    if mode == "sketch" and not accumulate:
+        raise ValueError('accumulate=False is for mode="exact": sketches always accumulate')
+    if mode == "exact" and accumulate:
+        _check_memory(trainable, len(tasks))
+    if world_size(process_group) > 1 and mode == "exact":
+        raise ValueError('mode="exact" works on one rank: its gradients are too large to sum; use mode="sketch"')
+    # importing it takes 0.6 s, and where nobody has there are none
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    if any(isinstance(p, dtensor) for p in trainable):
+        raise ValueError("sharded parameters (DTensor: FSDP2, tensor parallelism) are not supported; use DDP")
+    with torch.inference_mode(False):  # what training writes later
+        return TaskGradTracker(
+            model,
+            tasks,
+            optimizers,
+            mode=mode,
+            sketch_dim=sketch_dim,
+            memory_decay=memory_decay,
+            loss_scale=loss_scale,
+            verify=verify,
+            process_group=process_group,
+            include=include,
+            accumulate=accumulate,
+        )
+
+
+def _optimizers(given: Any) -> list[Optimizer]:
+    """One optimizer, several or none as a list, without the wrappers of frameworks (AcceleratedOptimizer), whose steps
+    may be skipped."""
+    if given is None:
+        return []
+    if isinstance(given, Optimizer) or not isinstance(given, Iterable):
+        given = [given]
+    found: list[Optimizer] = []
+    for o in given:
+        while isinstance(inner := getattr(o, "optimizer", None), Optimizer):
+            o = inner
+        if not isinstance(o, Optimizer):
+            raise TypeError(f"optimizer must be a torch Optimizer or a sequence of them, got {type(o).__name__}")
+        if all(o is not other for other in found):
+            found.append(o)
+    return found
+
+
+def _refuse_sharded(model: nn.Module, params: Sequence[nn.Parameter]) -> None:
+    """Raise ValueError for what spreads a parameter, or the model, over several devices."""
+    for name, module in model.named_modules():
+        if any(c.__name__ == "FullyShardedDataParallel" for c in type(module).__mro__):
+            raise ValueError(
+                f"{name or 'the model'} is wrapped in FullyShardedDataParallel (FSDP1), which is not supported; "
+                "use DistributedDataParallel"
+            )
+    devices = {str(p.device) for p in params}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the trainable parameters are on several devices ({', '.join(sorted(devices))}), which is not supported: "
+            "put the model on one device per process"
+        )
+
+
+def _check_memory(params: Sequence[nn.Parameter], tasks: int) -> None:
+    size = sum(math.prod(p.shape) * ((2 * tasks + 1) * p.element_size() + 2 * tasks * 8) for p in params)
+    if size > EXACT_LIMIT:
+        raise ValueError(
+            f'mode="exact" would hold {size / 2**30:.1f} GiB for {tasks} tasks, more than {EXACT_LIMIT >> 30}; '
+            'use mode="sketch", or accumulate=False for the exact Gram alone'
+        )
