@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from taskgrad.sampling import index_numpy, native
 from taskgrad.sampling.arrays import FloatArray
+from taskgrad.sampling.engine import index_numpy, native
 from taskgrad.sampling.policies import Policy, PolicyState
 from taskgrad.sampling.state import seal
 

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from taskgrad.sampling import Entry, Ledger, ledger_page
 from taskgrad.sampling import ledger as ledger_module
+from taskgrad.sampling.engine.quota import ONE, to_units
 from taskgrad.sampling.ledger_page import Before
-from taskgrad.sampling.quota import ONE, to_units
 
 
 def units(*values: float) -> np.ndarray:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import taskgrad as tg
 from taskgrad.sampling import AdaptiveBatchSampler, AdaptiveSampler
-from taskgrad.sampling.quota import to_units
+from taskgrad.sampling.engine.quota import to_units
 from tests.sampling.helpers import NAMES, TASK_OF_EXAMPLE, Report, Restless, loader, trained
 from tests.sampling.policies.test_every_policy import CASES as POLICIES
 from tests.sampling.policies.test_every_policy import TASKS

@@ -22,7 +22,7 @@ import taskgrad as tg
 from taskgrad.sampling import AdaptiveBatchSampler
 from taskgrad.sampling import ledger as ledger_module
 from taskgrad.sampling import policies as p
-from taskgrad.sampling.quota import to_units
+from taskgrad.sampling.engine.quota import to_units
 from taskgrad.sampling.state import _FIELDS as FIELDS
 from tests.sampling.helpers import NAMES, SIZES, TASK_OF_EXAMPLE, Report, Restless, sealed_again
 

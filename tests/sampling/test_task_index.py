@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import taskgrad
-from taskgrad.sampling import AdaptiveBatchSampler, grouping, native
-from taskgrad.sampling.index import IndexEngine
+from taskgrad.sampling import AdaptiveBatchSampler, grouping
+from taskgrad.sampling.engine import native
+from taskgrad.sampling.engine.index import IndexEngine
+from taskgrad.sampling.engine.quota import to_units
 from taskgrad.sampling.inputs import group_by_task
 from taskgrad.sampling.policies import Uniform
-from taskgrad.sampling.quota import to_units
 from taskgrad.sampling.task_index import TaskIndex
 
 NAMES = ("text", "code", "legal")

@@ -9,7 +9,7 @@ import numpy as np
 
 from .._gloo_exit import wait_at_exit
 from .arrays import IntArray
-from .quota import ONE
+from .engine.quota import ONE
 
 if TYPE_CHECKING:
     import torch.distributed as dist

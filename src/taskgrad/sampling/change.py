@@ -12,8 +12,8 @@ import numpy as np
 
 from .._text import printable
 from .arrays import IntArray
+from .engine.quota import ONE, from_units, to_units
 from .guards import Guards
-from .quota import ONE, from_units, to_units
 
 TOLERANCE = 0.01
 """A share asked to move by less than this part of itself stays."""

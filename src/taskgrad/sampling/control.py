@@ -19,11 +19,11 @@ from .._text import printable
 from .agreement import Agreement
 from .arrays import FloatArray, IntArray, frozen_floats
 from .change import WIDTH, described, next_mix
+from .engine.index import IndexEngine
+from .engine.quota import from_units, to_units
 from .guards import check_shares
-from .index import IndexEngine
 from .ledger import Ledger
 from .policies.base import PolicyState
-from .quota import from_units, to_units
 from .settings import Settings
 from .stream import Stream
 

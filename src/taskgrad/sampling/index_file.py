@@ -31,8 +31,8 @@ import numpy.typing as npt
 
 from .._files import replacing
 from .arrays import IntArray
+from .engine.index import MAX_TASKS
 from .grouping import order_dtype
-from .index import MAX_TASKS
 
 VERSION = 2
 

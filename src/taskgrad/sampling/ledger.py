@@ -22,8 +22,8 @@ import numpy as np
 
 from . import ledger_page
 from .arrays import FloatArray, IntArray, frozen_ints
+from .engine.quota import ONE
 from .ledger_page import Before, Entry, Page
-from .quota import ONE
 
 WHYS = 16
 """Full pages that keep their whys, the newest ones; with the page under way that is 16,384 entries or more."""

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .arrays import IntArray, frozen_ints
-from .quota import ONE
+from .engine.quota import ONE
 
 SIZE = 1024
 """Entries in a page; only a ledger's last page has fewer."""

@@ -21,12 +21,12 @@ from .agreement import Agreement, world
 from .arrays import FloatArray, IntArray
 from .control import Control, Realised
 from .drawing import Drawing, Examples
+from .engine.quota import from_units
 from .follow import Following
 from .inputs import count_of, group_by_task, known, per_task
 from .ledger import Ledger
 from .live_state import LiveState
 from .policies import OverwriteBoost
-from .quota import from_units
 from .settings import Settings
 from .shares import TaskShares
 from .state import check, seal
@@ -593,7 +593,7 @@ class AdaptiveBatchSampler(_Adaptive[list[int]]):
         num_batches: batches in an epoch, by default ceil(examples / (batch_size * num_replicas)). Every batch is full.
         num_replicas, rank: as of a ``DistributedSampler``, but never read from a process group: of every global batch
             this sampler draws the part of ``rank``: rows of it that no other rank gets, together all of them, and
-            over the run about as many of every task as the others' (see ``sampling.replicas``).
+            over the run about as many of every task as the others' (see ``sampling.engine.replicas``).
         update_every: weights change only at batches that are multiples of it.
         delay: batches between a report and its effect, at least: as many as the loader may draw ahead
             (``num_workers * prefetch_factor``; Accelerate one more, and times the processes). 64 by default; in a run

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from .arrays import BoolArray, FloatArray, IntArray, ReadOnlyArrays, frozen_flags, frozen_floats, frozen_ints
+from .engine.index_numpy import ALGORITHM, MAX_BATCHES
 from .guards import Guards
-from .index_numpy import ALGORITHM, MAX_BATCHES
 from .inputs import count_of, known, per_task
 from .shares import TaskShares
 from .task_index import TaskIndex

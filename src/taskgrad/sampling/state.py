@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from .change import WIDTH
+from .engine.index_numpy import MAX_BATCHES
 from .epochs import Epochs
-from .index_numpy import MAX_BATCHES
 from .ledger import Ledger
 from .ledger_page import LATEST
 from .live_state import LiveState

@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from . import index_file
 from .arrays import IntArray
+from .engine.index import IndexEngine
 from .grouping import Survey, order_dtype, sort_by_task, survey
 from .ids import check_ids, check_names
-from .index import IndexEngine
 
 _MOST_EXAMPLES = 1 << 62
 

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskgrad.sampling import Ledger, policies
+from taskgrad.sampling.engine.quota import to_units
 from taskgrad.sampling.guards import check_shares
 from taskgrad.sampling.policies import PolicyState
-from taskgrad.sampling.quota import to_units
 from tests.sampling.policies.helpers import state
 
 TASKS, SIZES = ("a", "b", "c", "d"), (70, 20, 6, 4)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from taskgrad.sampling import index_numpy, native
-from taskgrad.sampling.quota import ONE
+from taskgrad.sampling.engine import index_numpy, native
+from taskgrad.sampling.engine.quota import ONE
 from tests.sampling.helpers import needs_extension
 
 SEQUENCES = 600
@@ -19,7 +19,7 @@ CALLS = """
 import random, sys
 import numpy as np
 from taskgrad import _index_engine
-from taskgrad.sampling import index_numpy
+from taskgrad.sampling.engine import index_numpy
 
 ONE = 1 << 40
 ODD = (-(2**63), -(2**40), -3, -1, 0, 1, 2, 3, 5, 8, 13, 100, 2**31, 2**40, 2**62)

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskgrad.sampling import index_numpy, native
-from taskgrad.sampling.index import MAX_BATCHES, MAX_TASKS, Draw, IndexEngine
-from taskgrad.sampling.index_numpy import MAX_BATCH_SIZE
-from taskgrad.sampling.quota import ONE, to_units
+from taskgrad.sampling.engine import index_numpy, native
+from taskgrad.sampling.engine.index import MAX_BATCHES, MAX_TASKS, Draw, IndexEngine
+from taskgrad.sampling.engine.index_numpy import MAX_BATCH_SIZE
+from taskgrad.sampling.engine.quota import ONE, to_units
 from tests.sampling.helpers import ENGINES, with_engine
 
 SIZES = np.array([5000, 300, 40, 7, 1])

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import IntArray
+from ..arrays import IntArray
 
 SORTED_UP_TO = 256
 """Largest domain that is sorted whole: its order takes a byte an example to keep, and microseconds to make."""

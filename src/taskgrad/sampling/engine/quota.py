@@ -18,7 +18,7 @@ import heapq
 
 import numpy as np
 
-from .arrays import BoolArray, FloatArray, IntArray
+from ..arrays import BoolArray, FloatArray, IntArray
 from .permutation import Uint32Array, UintArray, hash32
 
 ONE_BITS = 40

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import IntArray
 from . import native
-from .arrays import IntArray
 from .index_numpy import ALGORITHM, MAX_BATCH_SIZE, MAX_BATCHES, MAX_EXAMPLES, State
 from .quota import ONE
 from .replicas import MAX_DEVIATION, MAX_DEVIATIONS

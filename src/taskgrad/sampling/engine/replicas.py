@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arrays import IntArray
+from ..arrays import IntArray
 
 MAX_DEVIATIONS = 1 << 24
 """Tasks times replicas: each snapshot holds that many numbers."""

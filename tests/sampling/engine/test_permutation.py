@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskgrad.sampling import native
-from taskgrad.sampling.permutation import SORTED_UP_TO, derive_key, permutation_window, permute
+from taskgrad.sampling.engine import native
+from taskgrad.sampling.engine.permutation import SORTED_UP_TO, derive_key, permutation_window, permute
 from tests.sampling.helpers import needs_extension
 
 

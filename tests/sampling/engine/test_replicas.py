@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskgrad.sampling import index_numpy, native
-from taskgrad.sampling.index import IndexEngine
-from taskgrad.sampling.quota import to_units
-from taskgrad.sampling.replicas import deal
+from taskgrad.sampling.engine import index_numpy, native
+from taskgrad.sampling.engine.index import IndexEngine
+from taskgrad.sampling.engine.quota import to_units
+from taskgrad.sampling.engine.replicas import deal
 from tests.sampling.helpers import ENGINES, needs_extension, with_engine
 
 SIZES = np.array([5000, 300, 40, 7, 1])
@@ -171,7 +171,7 @@ def test_counts_per_task_differ_little_between_replicas(implementation: str, tas
                 counts, offset = e.counts(k)
                 had += dealt(counts, offset, replicas)
                 worst = max(worst, gap(had))
-            assert worst <= 2 + tasks / 2 + math.log2(replicas)  # measured, see taskgrad.sampling.replicas
+            assert worst <= 2 + tasks / 2 + math.log2(replicas)  # measured, see taskgrad.sampling.engine.replicas
 
 
 @pytest.mark.parametrize("options", [{}, {"probe_every": 9}, {"first_batch": 40, "era": 2}])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import IntArray
+from ..arrays import IntArray
 from .permutation import SORTED_UP_TO, derive_key, fold, fold_each, permute, sorted_order
 from .quota import ONE, ONE_BITS, allocate, due, rates, spread
 from .replicas import MAX_DEVIATION, MAX_DEVIATIONS, deal

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskgrad.sampling.quota import ONE, allocate, deadline_keys, due, from_units, rates, spread, to_units
+from taskgrad.sampling.engine.quota import ONE, allocate, deadline_keys, due, from_units, rates, spread, to_units
 
 shares = st.lists(st.one_of(st.just(0.0), st.floats(1e-9, 1.0)), min_size=1, max_size=12).filter(lambda s: sum(s) > 0)
 

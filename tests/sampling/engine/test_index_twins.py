@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskgrad.sampling import native
-from taskgrad.sampling.index_numpy import Engine
-from taskgrad.sampling.quota import to_units
+from taskgrad.sampling.engine import native
+from taskgrad.sampling.engine.index_numpy import Engine
+from taskgrad.sampling.engine.quota import to_units
 from tests.sampling.helpers import needs_extension
 
 pytestmark = needs_extension
