@@ -20,18 +20,19 @@ from . import loaders
 from .agreement import Agreement, world
 from .arrays import FloatArray, IntArray
 from .control import Control, Realised
+from .data.arguments import group_by_task
+from .data.shares import TaskShares
+from .data.task_index import TaskIndex
 from .drawing import Drawing, Examples
 from .engine.quota import from_units
 from .follow import Following
-from .inputs import count_of, group_by_task, known, per_task
+from .inputs import count_of, known, per_task
 from .ledger import Ledger
 from .live_state import LiveState
 from .policies import OverwriteBoost
 from .settings import Settings
-from .shares import TaskShares
 from .state import check, seal
 from .stream import Stream
-from .task_index import TaskIndex
 
 _Item = TypeVar("_Item")
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from .arrays import BoolArray, FloatArray, IntArray, ReadOnlyArrays, frozen_flags, frozen_floats, frozen_ints
+from .data.shares import TaskShares
+from .data.task_index import TaskIndex
 from .engine.index_numpy import ALGORITHM, MAX_BATCHES
 from .guards import Guards
 from .inputs import count_of, known, per_task
-from .shares import TaskShares
-from .task_index import TaskIndex
 
 DELAY = 64
 """Batches between a report and its effect where neither the user nor a short run says otherwise: more than loaders

@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from .change import WIDTH
+from .data.task_index import numbered
 from .engine.index_numpy import MAX_BATCHES
 from .epochs import Epochs
 from .ledger import Ledger
 from .ledger_page import LATEST
 from .live_state import LiveState
-from .task_index import numbered
 
 FORMAT = 2
 

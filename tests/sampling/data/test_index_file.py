@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from taskgrad.sampling import index_file
-from taskgrad.sampling.task_index import TaskIndex
+from taskgrad.sampling.data import index_file
+from taskgrad.sampling.data.task_index import TaskIndex
 
 FIXED = struct.Struct("<8sIIQQQQ32sI")
 NAMES = ("text", "code", "legal")
@@ -306,7 +306,7 @@ def test_no_room_for_the_file(tmp_path: Path) -> None:
 
 
 def test_a_builder_that_is_alive_is_not_disturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from taskgrad.sampling import task_index
+    from taskgrad.sampling.data import task_index
 
     sort, sorting, go_on = task_index.sort_by_task, threading.Event(), threading.Event()
 
@@ -356,7 +356,7 @@ def test_another_build_at_the_last_moment_is_noticed(tmp_path: Path, monkeypatch
 _BUILD_AND_KILL = """
 import json, os, random, signal, sys, time
 import numpy as np
-from taskgrad.sampling.task_index import TaskIndex
+from taskgrad.sampling.data.task_index import TaskIndex
 
 path, rounds = sys.argv[1], int(sys.argv[2])
 folder = os.path.dirname(path)
@@ -400,7 +400,7 @@ print(json.dumps(found))
 _BUILD_AT_ONCE = """
 import os, sys, time
 import numpy as np
-from taskgrad.sampling.task_index import TaskIndex
+from taskgrad.sampling.data.task_index import TaskIndex
 
 path = sys.argv[1]
 ids = [np.random.default_rng(i).integers(0, 5, 20_000).astype(np.uint8) for i in range(2)]

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import IntArray
+from ..engine.index import IndexEngine
 from . import index_file
-from .arrays import IntArray
-from .engine.index import IndexEngine
 from .grouping import Survey, order_dtype, sort_by_task, survey
 from .ids import check_ids, check_names
 

@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .._files import replacing
-from .arrays import IntArray
-from .engine.index import MAX_TASKS
+from ..._files import replacing
+from ..arrays import IntArray
+from ..engine.index import MAX_TASKS
 from .grouping import order_dtype
 
 VERSION = 2

@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import taskgrad
-from taskgrad.sampling import AdaptiveBatchSampler, grouping
+from taskgrad.sampling import AdaptiveBatchSampler
+from taskgrad.sampling.data import grouping
+from taskgrad.sampling.data.arguments import group_by_task
+from taskgrad.sampling.data.task_index import TaskIndex
 from taskgrad.sampling.engine import native
 from taskgrad.sampling.engine.index import IndexEngine
 from taskgrad.sampling.engine.quota import to_units
-from taskgrad.sampling.inputs import group_by_task
 from taskgrad.sampling.policies import Uniform
-from taskgrad.sampling.task_index import TaskIndex
 
 NAMES = ("text", "code", "legal")
 IDS = np.random.default_rng(3).integers(0, 3, 500).astype(np.int16)
@@ -86,7 +87,7 @@ def test_eight_bytes_above_four_billion_examples() -> None:
 
 def test_a_file_of_eight_bytes_an_example(tmp_path: Path, built: TaskIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("taskgrad.sampling.index_file.order_dtype", lambda examples: np.dtype("<u8"))
+        patch.setattr("taskgrad.sampling.data.index_file.order_dtype", lambda examples: np.dtype("<u8"))
         index = TaskIndex.build(tmp_path / "x", IDS, tasks=NAMES)
         assert index.order is not None and index.order.dtype == np.uint64
         assert np.array_equal(index.order, built.order)
@@ -227,7 +228,7 @@ def test_a_build_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     def fail(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("taskgrad.sampling.task_index.sort_by_task", fail)
+    monkeypatch.setattr("taskgrad.sampling.data.task_index.sort_by_task", fail)
     with pytest.raises(KeyboardInterrupt):
         TaskIndex.build(path, IDS[::-1].copy())
     assert path.read_bytes() == content
@@ -304,7 +305,7 @@ def test_ids_that_change_between_the_two_readings(tmp_path: Path, monkeypatch: p
         ids.flush()
         return found
 
-    monkeypatch.setattr("taskgrad.sampling.task_index.survey", change_after)
+    monkeypatch.setattr("taskgrad.sampling.data.task_index.survey", change_after)
     with pytest.raises(ValueError, match="task ids changed between two readings"):
         TaskIndex.build(tmp_path / "x", np.load(tmp_path / "ids.npy", mmap_mode="r"))
     assert [p.name for p in tmp_path.iterdir()] == ["ids.npy"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import to_numpy
+from ..arrays import to_numpy
 
 _CHUNK = 1 << 16
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import IntArray
-from .engine import native
-from .engine.index import MAX_TASKS
+from ..arrays import IntArray
+from ..engine import native
+from ..engine.index import MAX_TASKS
 
 _CHUNK = 1 << 22
 

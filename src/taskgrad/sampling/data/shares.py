@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import FloatArray, ReadOnlyArrays, frozen_floats
+from ..arrays import FloatArray, ReadOnlyArrays, frozen_floats
 from .ids import check_names
 
 
