@@ -23,9 +23,9 @@ from .engine.index import IndexEngine
 from .engine.quota import from_units, to_units
 from .guards import check_shares
 from .ledger import Ledger
+from .loading.stream import Stream
 from .policies.base import PolicyState
 from .settings import Settings
-from .stream import Stream
 
 _REPLAY = 1 << 16
 _FARTHEST_REPLAY = 1 << 30

@@ -11,7 +11,7 @@ import numpy as np
 
 from .arrays import IntArray
 from .control import Control
-from .stream import Stream
+from .loading.stream import Stream
 
 
 class Delivery(Protocol):

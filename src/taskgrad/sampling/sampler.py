@@ -16,23 +16,23 @@ from typing import Any, Generic, Literal, TypeVar, overload
 import numpy as np
 from torch.utils.data import Sampler
 
-from . import loaders
 from .agreement import Agreement, world
 from .arrays import FloatArray, IntArray
 from .control import Control, Realised
 from .data.arguments import group_by_task
 from .data.shares import TaskShares
 from .data.task_index import TaskIndex
-from .drawing import Drawing, Examples
 from .engine.quota import from_units
 from .follow import Following
 from .inputs import count_of, known, per_task
 from .ledger import Ledger
 from .live_state import LiveState
+from .loading import loaders
+from .loading.drawing import Drawing, Examples
+from .loading.stream import Stream
 from .policies import OverwriteBoost
 from .settings import Settings
 from .state import check, seal
-from .stream import Stream
 
 _Item = TypeVar("_Item")
 

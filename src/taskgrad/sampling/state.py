@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from .change import WIDTH
 from .data.task_index import numbered
 from .engine.index_numpy import MAX_BATCHES
-from .epochs import Epochs
 from .ledger import Ledger
 from .ledger_page import LATEST
 from .live_state import LiveState
+from .loading.epochs import Epochs
 
 FORMAT = 2
 
