@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from .._text import printable
+from .adapted import AdaptedPolicy
 from .agreement import Agreement
 from .arrays import FloatArray, IntArray, frozen_floats
 from .change import WIDTH, described, next_mix
 from .engine.index import IndexEngine
 from .engine.quota import from_units, to_units
-from .guards import check_shares
 from .ledger import Ledger
 from .loading.stream import Stream
 from .policies.base import PolicyState
@@ -63,11 +63,6 @@ class Realised:
         return "\n".join(lines)
 
 
-def _name(policy: Any) -> str:
-    inner = getattr(policy, "policy", None)
-    return type(policy).__name__ + ("" if inner is None else f"({_name(inner)})")
-
-
 @dataclass(frozen=True)
 class _Decision:
     effective_at: int
@@ -80,22 +75,14 @@ class Control:
     """Owns ledger and engine. A decision waits until no report can replace it, or a batch that it is for is drawn: of
     the reports that count for the same batch, the last one wins, and entries are appended in order."""
 
-    def __init__(self, settings: Settings, policy: Any, tasks: tuple[str, ...], ledger: Ledger | None = None) -> None:
+    def __init__(
+        self, settings: Settings, policy: AdaptedPolicy, tasks: tuple[str, ...], ledger: Ledger | None = None
+    ) -> None:
         self.settings = settings
         self.policy = policy
         self.tasks = tasks
         self.agreement: Agreement | None = None
         self._open_era(Ledger(settings.sizes, data=settings.data) if ledger is None else ledger)
-
-    @property
-    def policy_name(self) -> str:
-        """Class name of the policy, with that of the policy it wraps: their memories must not be mistaken."""
-        return _name(self.policy)
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether the policy reads reports."""
-        return bool(getattr(self.policy, "adaptive", True))
 
     def _open_era(self, ledger: Ledger) -> None:
         """Start an empty ledger with the policy's first weights and its schedule, and an empty policy memory."""
@@ -109,16 +96,14 @@ class Control:
         self.ledger = ledger
         self.engine = self._new_engine(ledger)
         state = self._policy_state(ledger.start - 1, None, self.settings.natural)
-        first = self.policy.initial(state) if hasattr(self.policy, "initial") else state.natural
-        self._commit(ledger.start, check_shares(first, self.tasks, self.policy_name), "initial")
-        changes = self.policy.changes(state) if hasattr(self.policy, "changes") else ()
-        for batch in changes:
+        self._commit(ledger.start, self.policy.initial(state), "initial")
+        for batch in self.policy.changes(state):
             if batch > ledger.start:
                 self._enter_change(batch, replace(state, step=batch - 1))
 
     def _enter_change(self, batch: int, state: PolicyState) -> None:
         """Enter a scheduled change, in as many steps as ``max_change`` makes of it."""
-        shares = check_shares(self.policy.weights(None, state), self.tasks, self.policy_name)
+        shares = self.policy.weights(None, state)
         every = self.settings.update_every
         at = max(-(-batch // every) * every, self.ledger[-1].effective_at + 1)
         while True:
@@ -180,7 +165,7 @@ class Control:
     def _ask(self, report: Any, batch: int, lr: float | None, effective: int, due: int) -> None:
         self.enter_before(effective)
         state = self._policy_state(batch, lr, from_units(self.ledger.at(batch).weights))
-        shares = check_shares(self.policy.weights(report, state), self.tasks, self.policy_name)
+        shares = self.policy.weights(report, state)
         late = "" if effective == due else f", late: due at {due}"
         if self._waiting and self._waiting[-1].effective_at == effective:
             self._waiting.pop()
@@ -232,7 +217,7 @@ class Control:
         more = len(self._waiting) > 1 and self._waiting[1].effective_at <= slot
         batches = max(1, (stream.consumed - self._agreed_at) // self._calls)  # a call
         after = 1 if more else max(1, -(-(slot + every - reach - stream.consumed) // batches))
-        own = f"{json.dumps(self.settings.to_dict())} {self.policy_name} {self.ledger.digest()}"
+        own = f"{json.dumps(self.settings.to_dict())} {self.policy.name} {self.ledger.digest()}"
         agreed = self.agreement.agree(own, len(self.tasks), units, stream.consumed, stream.drawn, after)
         self._calls, self._until, self._agreed_at = 0, agreed.after, stream.consumed
         if decision is None or agreed.weights is None:
@@ -273,7 +258,7 @@ class Control:
         try:
             memory = json.loads(json.dumps(self.memory, allow_nan=False))
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{self.policy_name} keeps in state.memory what JSON cannot hold: {error}") from None
+            raise type(error)(f"{self.policy.name} keeps in state.memory what JSON cannot hold: {error}") from None
         return {
             "ledger": self.ledger.to_dict(),
             "waiting": [[d.effective_at, d.shares.tolist(), d.cause, d.why] for d in self._waiting],
@@ -373,13 +358,10 @@ class Control:
         """The policy's line on the change, if there is one and it has any; printable, at most 120 characters."""
         last = self.ledger[-1].weights
         units, _ = self._after(last, shares)
-        if not hasattr(self.policy, "why") or np.array_equal(units, last):
+        if np.array_equal(units, last):
             return ""
         weights, proposed = frozen_floats(from_units(last)), frozen_floats(from_units(units))
-        why = self.policy.why(replace(state, weights=weights, proposed=proposed))
-        if not isinstance(why, str):
-            raise TypeError(f"{self.policy_name}.why must return text, got {why!r}")
-        return printable(why, WIDTH)
+        return printable(self.policy.why(replace(state, weights=weights, proposed=proposed)), WIDTH)
 
     def _policy_state(self, batch: int, lr: float | None, weights: FloatArray) -> PolicyState:
         settings = self.settings

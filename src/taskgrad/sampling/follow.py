@@ -66,7 +66,7 @@ class Following:
             inside = inside and stream.consumed < stream.drawn
             batch = stream.consumed - 1 + inside
             fresh = batch >= stream.most if inside else stream.fresh
-            if self._control.adaptive and fresh:
+            if self._control.policy.adaptive and fresh:
                 self._queue.append(_Closed(delivery, batch, stream.drawn, lr))
                 self.hand_over()
             self._control.settle(stream, self.hand_over)

@@ -10,13 +10,11 @@ The index engine adds the two that need the stream itself, probe_every and, stro
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from .arrays import BoolArray, FloatArray, ReadOnlyArrays, frozen_floats, to_numpy
+from .arrays import BoolArray, FloatArray, ReadOnlyArrays
 
 _TINY = 1e-12
 
@@ -155,27 +153,3 @@ def fit(weights: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
     part = 0.0 if span <= 0 else (1.0 - below.sum()) / span
     out: FloatArray = below + min(max(part, 0.0), 1.0) * (above - below)
     return out
-
-
-def check_shares(shares: Any, tasks: Sequence[str], policy: str) -> FloatArray:
-    """What a policy returned, as read-only float64 [T]; raises ValueError where it is no (partial) distribution, and
-    TypeError where it does not consist of numbers."""
-    try:
-        given = to_numpy(shares)
-    except ValueError:  # a ragged list
-        given = np.array(None)
-    if given.dtype.kind not in "fiu":
-        raise TypeError(f"{policy} returned {shares!r}; it must return one probability per task ({len(tasks)})")
-    values = given.astype(np.float64)
-    if values.shape != (len(tasks),):
-        raise ValueError(f"{policy} returned weights of shape {values.shape}, need ({len(tasks)},): one per task")
-    if not np.isfinite(values).all() or (values < 0).any():
-        bad = {task: float(v) for task, v in zip(tasks, values, strict=True) if not v >= 0 or v == np.inf}
-        raise ValueError(f"{policy} returned weights that are negative or not finite: {bad}")
-    total = float(values.sum())
-    if total > 1 + 1e-6:
-        raise ValueError(
-            f"{policy} returned weights summing to {total:.6g}; they must sum to 1, or to less where the remainder "
-            "is to stay with the natural mix"
-        )
-    return frozen_floats(values / max(total, 1.0))

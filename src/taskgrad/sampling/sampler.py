@@ -16,6 +16,7 @@ from typing import Any, Generic, Literal, TypeVar, overload
 import numpy as np
 from torch.utils.data import Sampler
 
+from .adapted import AdaptedPolicy
 from .agreement import Agreement, world
 from .arrays import FloatArray, IntArray
 from .control import Control, Realised
@@ -69,8 +70,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
     ) -> None:
         super().__init__()
         self.policy = OverwriteBoost() if policy is None else policy
-        if isinstance(self.policy, type) or not callable(getattr(self.policy, "weights", None)):
-            raise TypeError(f"policy must be an object with a method weights(report, state), got {self.policy!r}")
+        policy = AdaptedPolicy(self.policy)
         if (task_of_example is None) == (shares is None):
             raise TypeError(
                 "pass task_of_example, the task of every example, or, for a stream whose examples nobody has counted, "
@@ -92,7 +92,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
             raise ValueError(f"rank must be below num_replicas, {replicas}, got {self._rank}")
         settings = Settings.build(
             self._index,
-            self.policy,
+            policy,
             seed=seed,
             batch_size=batch_size,
             num_replicas=replicas,
@@ -115,7 +115,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
 
     def _begin(self, settings: Settings) -> None:
         self._settings = settings
-        self._control = Control(settings, self.policy, self._index.tasks)
+        self._control = Control(settings, AdaptedPolicy(self.policy), self._index.tasks)
         self._stream = self._new_stream(self._control.ledger.start, 0)
         self._following = Following(self._stream, self._control, self.task_ids)
         self._warned = False
@@ -377,7 +377,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
             if not all(hasattr(report, name) for name in ("tasks", "valid")):
                 raise TypeError(f"report must be a StepReport (tracker.report()), got {type(report).__name__}")
             self._adopt(tuple(report.tasks), "report")
-            if b >= stream.most and self._control.adaptive:
+            if b >= stream.most and self._control.policy.adaptive:
                 with stream.lock:
                     self._control.decide_by_hand(report, b, lr, stream)
         self._start_by_hand()
@@ -452,7 +452,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
             return seal(
                 {
                     "settings": self._settings.to_dict(),
-                    "policy": self._control.policy_name,
+                    "policy": self._control.policy.name,
                     "tasks": list(self.tasks),
                     "named": self._index.named,
                     **position,
@@ -506,7 +506,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
 
     def _check_built_alike(self, state: Mapping[str, Any]) -> None:
         saved = {**state["settings"], "policy": state["policy"]}
-        here = {**self._settings.to_dict(), "policy": self._control.policy_name}
+        here = {**self._settings.to_dict(), "policy": self._control.policy.name}
         size, replicas = saved.get("global_batch_size"), self.num_replicas
         if type(size) is int and 0 < size != here["global_batch_size"]:
             if size % replicas == 0:
@@ -543,7 +543,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         settings = self._settings
         new = Ledger(settings.sizes, data=settings.data, start=consumed, era=ledger.era + 1, past=past)
         following = self._following
-        self._control = Control(settings, self.policy, self._index.tasks, new)
+        self._control = Control(settings, AdaptedPolicy(self.policy), self._index.tasks, new)
         self._stream.jump()
         self._stream = self._new_stream(consumed, epoch + (consumed > start))
         self._following = Following(self._stream, self._control, self.task_ids)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from .adapted import AdaptedPolicy
 from .arrays import BoolArray, FloatArray, IntArray, ReadOnlyArrays, frozen_flags, frozen_floats, frozen_ints
 from .data.shares import TaskShares
 from .data.task_index import TaskIndex
@@ -48,7 +49,7 @@ class Settings(ReadOnlyArrays):
     def build(
         cls,
         index: TaskIndex | TaskShares,
-        policy: Any,
+        policy: AdaptedPolicy,
         *,
         seed: int,
         batch_size: int,
@@ -80,10 +81,10 @@ class Settings(ReadOnlyArrays):
             "max_change": max_change,
             "max_epochs": max_epochs,
         }
-        defaults: Mapping[str, float] = getattr(policy, "guard_defaults", {})
+        defaults = policy.guard_defaults
         unknown = sorted(set(defaults) - set(given))
         if unknown:
-            raise ValueError(f"{type(policy).__name__}.guard_defaults names {unknown}; guards are {sorted(given)}")
+            raise ValueError(f"{policy.kind}.guard_defaults names {unknown}; guards are {sorted(given)}")
         wanted: dict[str, Any] = {name: defaults.get(name) if v is None else v for name, v in given.items()}
 
         fresh = isinstance(index, TaskShares)

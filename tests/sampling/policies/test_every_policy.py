@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskgrad.sampling import Ledger, policies
+from taskgrad.sampling.adapted import check_shares
 from taskgrad.sampling.engine.quota import to_units
-from taskgrad.sampling.guards import check_shares
 from taskgrad.sampling.policies import PolicyState
 from tests.sampling.policies.helpers import state
 
