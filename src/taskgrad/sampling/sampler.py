@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import reprlib
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, Literal, TypeVar, overload
 
@@ -20,9 +20,8 @@ from .adapted import AdaptedPolicy
 from .agreement import Agreement, world
 from .arrays import FloatArray, IntArray
 from .control import Control, Realised
-from .data.arguments import group_by_task
+from .data.arguments import data_of
 from .data.shares import TaskShares
-from .data.task_index import TaskIndex
 from .engine.quota import from_units
 from .follow import Following
 from .inputs import count_of, known, per_task
@@ -31,6 +30,7 @@ from .live_state import LiveState
 from .loading import loaders
 from .loading.drawing import Drawing, Examples
 from .loading.stream import Stream
+from .options import Options, takes
 from .policies import OverwriteBoost
 from .settings import Settings
 from .state import check, seal
@@ -41,77 +41,13 @@ _Item = TypeVar("_Item")
 class _Adaptive(Sampler[_Item], Generic[_Item]):
     """Everything but the form of the items; the arguments are those of ``AdaptiveBatchSampler``."""
 
-    def __init__(
-        self,
-        task_of_example: Any = None,
-        batch_size: int = 64,
-        policy: Any = None,
-        seed: int = 0,
-        *,
-        shares: Mapping[str, float] | None = None,
-        tasks: Sequence[str] | None = None,
-        dataset: Any = None,
-        num_batches: int | None = None,
-        num_replicas: int | None = None,
-        rank: int | None = None,
-        update_every: int = 10,
-        delay: int | None = None,
-        horizon: int | None = None,
-        importance: Any = None,
-        critical: str | Collection[str] = (),
-        budget: float | None = None,
-        probe_every: int | None = None,
-        min_weight: Any = None,
-        max_weight: Any = None,
-        max_change: float | None = None,
-        max_epochs: float | None = None,
-        pinned: str | Collection[str] = (),
-        resume: str = "seek",
-    ) -> None:
+    @takes(Options)
+    def __init__(self, options: Options) -> None:
         super().__init__()
-        self.policy = OverwriteBoost() if policy is None else policy
+        self.policy = OverwriteBoost() if options.policy is None else options.policy
         policy = AdaptedPolicy(self.policy)
-        if (task_of_example is None) == (shares is None):
-            raise TypeError(
-                "pass task_of_example, the task of every example, or, for a stream whose examples nobody has counted, "
-                "shares={name: share of the stream}"
-            )
-        self._index: TaskIndex | TaskShares
-        if shares is None:
-            self._index = group_by_task(task_of_example, tasks, dataset)
-        elif dataset is not None:
-            raise TypeError("dataset is checked against task_of_example; with shares there is nothing to check")
-        else:
-            self._index = TaskShares.build(shares, tasks)
-        if (num_replicas is None) != (rank is None):
-            raise TypeError("pass num_replicas and rank together, as to a DistributedSampler, or neither")
-        self._sharded = num_replicas is not None
-        replicas = 1 if num_replicas is None else count_of("num_replicas", num_replicas, 1)
-        self._rank = 0 if rank is None else count_of("rank", rank, 0)
-        if self._rank >= replicas:
-            raise ValueError(f"rank must be below num_replicas, {replicas}, got {self._rank}")
-        settings = Settings.build(
-            self._index,
-            policy,
-            seed=seed,
-            batch_size=batch_size,
-            num_replicas=replicas,
-            num_batches=num_batches,
-            update_every=update_every,
-            delay=delay,
-            horizon=horizon,
-            resume=resume,
-            importance=importance,
-            critical=critical,
-            budget=budget,
-            probe_every=probe_every,
-            min_weight=min_weight,
-            max_weight=max_weight,
-            max_change=max_change,
-            max_epochs=max_epochs,
-            pinned=pinned,
-        )
-        self._begin(settings)
+        self._index = data_of(options.task_of_example, options.shares, options.tasks, options.dataset)
+        self._begin(Settings.build(self._index, policy, options))
 
     def _begin(self, settings: Settings) -> None:
         self._settings = settings
@@ -137,7 +73,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
     @property
     def rank(self) -> int:
         """Which of them this sampler draws for."""
-        return self._rank
+        return self._settings.rank
 
     @property
     def drop_last(self) -> bool:
@@ -192,7 +128,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         """
         k = self._drawn_batch(batch)
         replicas = self._settings.num_replicas
-        own = self._rank
+        own = self._settings.rank
         if rank is not None and rank != "global":
             own = count_of("rank", rank, 0)
             if own >= replicas:
@@ -275,7 +211,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
                 "sampler, loader) in its place"
             )
         ranks = world()
-        if ranks > 1 and not self._sharded and not self._warned:
+        if ranks > 1 and not self._settings.sharded and not self._warned:
             self._warned = True
             warnings.warn(
                 f"taskgrad: {ranks} ranks are up, and all of them draw the same batches from this sampler: build it "
@@ -291,10 +227,10 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         control.enter_before(k + 1)
         if isinstance(self._index, TaskShares):
             counts, offset = control.engine.counts(k)
-            first, step = (self._rank + offset) % settings.num_replicas, settings.num_replicas
+            first, step = (self._settings.rank + offset) % settings.num_replicas, settings.num_replicas
             tasks: list[int] = np.repeat(np.arange(len(counts)), counts)[first::step].tolist()
             return tasks
-        return self._index.examples(control.engine, k, self._rank)
+        return self._index.examples(control.engine, k, self._settings.rank)
 
     # -- counting -----------------------------------------------------------------------------------------------------
 
@@ -395,7 +331,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         """Have the ranks agree on one ledger from now on, where there are any to agree with."""
         replicas = self._settings.num_replicas
         if self._control.agreement is None and replicas > 1 and world(group) == replicas:
-            self._control.agree_with(Agreement(group, self._rank), self.consumed)
+            self._control.agree_with(Agreement(group, self._settings.rank), self.consumed)
 
     def _adopt(self, names: tuple[str, ...], whose: str) -> None:
         if names == self.tasks:

@@ -1,4 +1,4 @@
-"""The data that a user passes to a sampler, whichever way they are told, as a ``TaskIndex``."""
+"""The data that a user passes to a sampler, whichever way they are told."""
 
 from __future__ import annotations
 
@@ -7,7 +7,25 @@ from dataclasses import replace
 from typing import Any
 
 from .ids import check_ids, check_names
+from .shares import TaskShares
 from .task_index import TaskIndex, from_ids, from_ranges
+
+
+def data_of(
+    task_of_example: Any, shares: Mapping[str, float] | None, tasks: Sequence[str] | None, dataset: Any
+) -> TaskIndex | TaskShares:
+    """The examples grouped by task, or, of a stream, the tasks' shares: one of the first two is None. Raises TypeError
+    or ValueError."""
+    if (task_of_example is None) == (shares is None):
+        raise TypeError(
+            "pass task_of_example, the task of every example, or, for a stream whose examples nobody has counted, "
+            "shares={name: share of the stream}"
+        )
+    if shares is None:
+        return group_by_task(task_of_example, tasks, dataset)
+    if dataset is not None:
+        raise TypeError("dataset is checked against task_of_example; with shares there is nothing to check")
+    return TaskShares.build(shares, tasks)
 
 
 def group_by_task(task_of_example: Any, tasks: Sequence[str] | None, dataset: Any = None) -> TaskIndex:
