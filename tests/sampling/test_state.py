@@ -23,6 +23,7 @@ from taskgrad.sampling import AdaptiveBatchSampler
 from taskgrad.sampling import ledger as ledger_module
 from taskgrad.sampling import policies as p
 from taskgrad.sampling.engine.quota import to_units
+from taskgrad.sampling.resume import new_engine
 from taskgrad.sampling.state import _FIELDS as FIELDS
 from tests.sampling.helpers import NAMES, SIZES, TASK_OF_EXAMPLE, Report, Restless, sealed_again
 
@@ -319,8 +320,7 @@ def goes_on(sampler: AdaptiveBatchSampler, state: dict[str, Any]) -> None:
 
 def by_definition(sampler: AdaptiveBatchSampler) -> Callable[[int], list[int]]:
     """Batch k by the definition: a fresh engine, given nothing but the ledger."""
-    control = sampler._control
-    engine = control._new_engine(sampler.ledger)
+    engine = new_engine(sampler._settings, sampler.ledger)
     for entry in sampler.ledger:
         engine.commit(entry.effective_at, entry.weights)
 
@@ -361,8 +361,8 @@ def test_whatever_was_done_its_state_can_be_loaded(steps: list[Any], every: int,
         elif what == "advance":
             sampler.advance(min(count, stream.drawn - stream.uncounted))
         elif what in ("update", "report") and stream.uncounted < stream.drawn:
-            step = 1 + max(sampler._control._newest or 0, stream.drawn)
-            slot = sampler._control._due(stream.uncounted)
+            step = 1 + max(sampler._decisions._newest or 0, stream.drawn)
+            slot = sampler._decisions._due(stream.uncounted)
             sampler.update(Report(step=step, value=1.0) if what == "report" and slot >= stream.drawn else None)
         elif what == "rewind":
             sampler.rewind(which % (sampler.epoch + 1))

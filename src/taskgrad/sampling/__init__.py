@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from .._lazy import on_first_use
 from . import policies
-from .control import Realised
 from .data.task_index import TaskIndex
 from .ledger import Entry, Ledger
+from .realised import Realised
 
 if TYPE_CHECKING:
     from .sampler import AdaptiveBatchSampler, AdaptiveSampler

@@ -1,13 +1,12 @@
 """Samplers whose task mix follows the training run.
 
-``Stream`` says where the run is, ``Control`` what the next batches are made of, ``Following`` brings both what a
+``Stream`` says where the run is, ``Decisions`` what the next batches are made of, ``Following`` brings both what a
 tracker tells.
 """
 
 from __future__ import annotations
 
 import copy
-import reprlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,9 +18,9 @@ from torch.utils.data import Sampler
 from .adapted import AdaptedPolicy
 from .agreement import Agreement, world
 from .arrays import FloatArray, IntArray
-from .control import Control, Realised
 from .data.arguments import data_of
 from .data.shares import TaskShares
+from .decisions import Decisions
 from .engine.quota import from_units
 from .follow import Following
 from .inputs import count_of, known, per_task
@@ -32,6 +31,8 @@ from .loading.drawing import Drawing, Examples
 from .loading.stream import Stream
 from .options import Options, takes
 from .policies import OverwriteBoost
+from .realised import Realised
+from .resume import check_built_alike, check_same_data, engine_at
 from .settings import Settings
 from .state import check, seal
 
@@ -51,9 +52,9 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
 
     def _begin(self, settings: Settings) -> None:
         self._settings = settings
-        self._control = Control(settings, AdaptedPolicy(self.policy), self._index.tasks)
-        self._stream = self._new_stream(self._control.ledger.start, 0)
-        self._following = Following(self._stream, self._control, self.task_ids)
+        self._decisions = Decisions(settings, AdaptedPolicy(self.policy), self._index.tasks)
+        self._stream = self._new_stream(self._decisions.ledger.start, 0)
+        self._following = Following(self._stream, self._decisions, self.task_ids)
         self._warned = False
 
     def _new_stream(self, start: int, first_epoch: int) -> Stream:
@@ -88,12 +89,12 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
     @property
     def weights(self) -> FloatArray:
         """Probabilities [T] in force for the next batch to be drawn, float64."""
-        return self._control.weights_at(self._stream.drawn)
+        return self._decisions.weights_at(self._stream.drawn)
 
     @property
     def ledger(self) -> Ledger:
         """All weights that were ever in force or are about to be, with the batch, the cause and the guards."""
-        return self._control.ledger
+        return self._decisions.ledger
 
     @property
     def epoch(self) -> int:
@@ -111,7 +112,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         stop = self.consumed if batch is None else count_of("batch", batch, self.ledger.start)
         if stop > self._stream.drawn:
             raise ValueError(f"batch is {stop}, but only {self._stream.drawn} batches were drawn")
-        return self._control.realised(stop)
+        return Realised.until(stop, self.tasks, self._settings, self.ledger, self._decisions.engine)
 
     def task_ids(self, batch: int, rank: int | Literal["global"] | None = None) -> IntArray:
         """The task of every example in ``batch``, int64 (batch size,), sorted as the batch is: indices into ``tasks``.
@@ -133,7 +134,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
             own = count_of("rank", rank, 0)
             if own >= replicas:
                 raise ValueError(f"rank must be below num_replicas, {replicas}, or 'global', got {own}")
-        counts, offset = self._control.engine.counts(k)
+        counts, offset = self._decisions.engine.counts(k)
         ids: IntArray = np.repeat(np.arange(len(counts)), counts)
         return ids if rank == "global" else ids[(own + offset) % replicas :: replicas]
 
@@ -222,15 +223,15 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         return Drawing(self._stream, self._draw)
 
     def _draw(self, k: int) -> list[int]:
-        control, settings = self._control, self._settings
+        decisions, settings = self._decisions, self._settings
         self._following.hand_over(k - 1 - settings.delay)
-        control.enter_before(k + 1)
+        decisions.enter_before(k + 1)
         if isinstance(self._index, TaskShares):
-            counts, offset = control.engine.counts(k)
+            counts, offset = decisions.engine.counts(k)
             first, step = (self._settings.rank + offset) % settings.num_replicas, settings.num_replicas
             tasks: list[int] = np.repeat(np.arange(len(counts)), counts)[first::step].tolist()
             return tasks
-        return self._index.examples(control.engine, k, self._settings.rank)
+        return self._index.examples(decisions.engine, k, self._settings.rank)
 
     # -- counting -----------------------------------------------------------------------------------------------------
 
@@ -313,14 +314,14 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
             if not all(hasattr(report, name) for name in ("tasks", "valid")):
                 raise TypeError(f"report must be a StepReport (tracker.report()), got {type(report).__name__}")
             self._adopt(tuple(report.tasks), "report")
-            if b >= stream.most and self._control.policy.adaptive:
+            if b >= stream.most and self._decisions.policy.adaptive:
                 with stream.lock:
-                    self._control.decide_by_hand(report, b, lr, stream)
+                    self._decisions.decide_by_hand(report, b, lr, stream)
         self._start_by_hand()
         with stream.lock:
             stream.count(b)
-            self._control.enter_before(b + 2 + self._settings.delay)  # no later report can replace such a decision
-            self._control.settle(stream, self._following.hand_over)
+            self._decisions.enter_before(b + 2 + self._settings.delay)  # no later report can replace such a decision
+            self._decisions.settle(stream, self._following.hand_over)
 
     def _start_by_hand(self) -> None:
         if not self._stream.counting:
@@ -330,8 +331,8 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
     def _join_ranks(self, group: Any) -> None:
         """Have the ranks agree on one ledger from now on, where there are any to agree with."""
         replicas = self._settings.num_replicas
-        if self._control.agreement is None and replicas > 1 and world(group) == replicas:
-            self._control.agree_with(Agreement(group, self._settings.rank), self.consumed)
+        if self._decisions.agreement is None and replicas > 1 and world(group) == replicas:
+            self._decisions.agree_with(Agreement(group, self._settings.rank), self.consumed)
 
     def _adopt(self, names: tuple[str, ...], whose: str) -> None:
         if names == self.tasks:
@@ -345,7 +346,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
 
     def _rename(self, names: tuple[str, ...]) -> None:
         self._index = replace(self._index, tasks=names, named=True)
-        self._control.tasks = names
+        self._decisions.tasks = names
 
     def observe(self, eval_losses: Mapping[str, float] | Sequence[float]) -> None:
         """Evaluation losses for the policy: by task name (some may be missing) or one per task, all finite.
@@ -388,11 +389,11 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
             return seal(
                 {
                     "settings": self._settings.to_dict(),
-                    "policy": self._control.policy.name,
+                    "policy": self._decisions.policy.name,
                     "tasks": list(self.tasks),
                     "named": self._index.named,
                     **position,
-                    **self._control.to_dict(at, position["epoch"][1]),
+                    **self._decisions.to_dict(at, position["epoch"][1]),
                 }
             )
 
@@ -408,13 +409,13 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
                 built otherwise; the message names it. The sampler is then as it was.
         """
         state, ledger = check(state)
-        self._check_same_data(state, ledger)
-        self._check_built_alike(state)
-        engine = self._control.prepare(state, ledger)
+        check_same_data(state, ledger, self._settings, self.tasks, self._index.named)
+        check_built_alike(state, self._settings, self._decisions.policy.name)
+        engine = engine_at(state, ledger, self._settings)
         with self._stream.lock:
             if state["named"]:
                 self._rename(tuple(state["tasks"]))
-            self._control.restore(state, ledger, engine)
+            self._decisions.restore(state, ledger, engine)
             self._stream.restore(state)
             self._following.restart()
         tracker = self._following.tracker
@@ -423,47 +424,6 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
             self._stream.followed = True
         if self._stream.counting:
             self._join_ranks(None if tracker is None else tracker.process_group)
-
-    def _check_same_data(self, state: Mapping[str, Any], ledger: Ledger) -> None:
-        sizes = tuple(self._settings.sizes.tolist())
-        renamed = self._index.named and state["named"] and tuple(state["tasks"]) != self.tasks
-        if ledger.sizes != sizes or renamed:
-            raise ValueError(
-                f"the saved ledger is for tasks of sizes {dict(zip(state['tasks'], ledger.sizes, strict=True))}, this "
-                f"sampler's data are {dict(zip(self.tasks, sizes, strict=True))}: call rebase(state) to continue the "
-                "run on other data, in a new ledger era"
-            )
-        if ledger.data != self._settings.data:
-            raise ValueError(
-                f"the saved ledger is for other examples of the same number per task: saved {ledger.data}, here "
-                f"{self._settings.data} (ids, ranges and shares count as different): call rebase(state) to continue "
-                "the run on other data, in a new ledger era"
-            )
-
-    def _check_built_alike(self, state: Mapping[str, Any]) -> None:
-        saved = {**state["settings"], "policy": state["policy"]}
-        here = {**self._settings.to_dict(), "policy": self._control.policy.name}
-        size, replicas = saved.get("global_batch_size"), self.num_replicas
-        if type(size) is int and 0 < size != here["global_batch_size"]:
-            if size % replicas == 0:
-                remedy = f"pass batch_size={size // replicas}"
-            else:
-                remedy = f"no batch_size on {replicas} ranks keeps it, use a number of ranks that divides {size}"
-            raise ValueError(
-                f"the saved run has batches of {size} examples on all ranks together, this sampler's have {replicas} x "
-                f"{self.batch_size}: {remedy}"
-            )
-        unknown = sorted(set(saved) - set(here))
-        if unknown or "policy" in state["settings"]:
-            raise ValueError(f"the field 'settings' of the sampler's state has {unknown or ['policy']}, unknown here")
-        differ = [name for name in here if name not in saved or saved[name] != here[name]]
-        if differ:
-            listed = "; ".join(
-                f"{name}: saved {reprlib.repr(saved.get(name))}, here {reprlib.repr(here[name])}" for name in differ
-            )
-            raise ValueError(f"the sampler differs from the saved one ({listed}): build it the same way")
-        if state["epoch"][2] - state["epoch"][1] != self._settings.length:
-            raise ValueError(f"the field 'epoch' of the sampler's state is no epoch of {self._settings.length} batches")
 
     def rebase(self, state: Mapping[str, Any]) -> None:
         """Take over a run whose tasks or sizes differ from this sampler's data, at its first batch not consumed.
@@ -479,17 +439,17 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
         settings = self._settings
         new = Ledger(settings.sizes, data=settings.data, start=consumed, era=ledger.era + 1, past=past)
         following = self._following
-        self._control = Control(settings, AdaptedPolicy(self.policy), self._index.tasks, new)
+        self._decisions = Decisions(settings, AdaptedPolicy(self.policy), self._index.tasks, new)
         self._stream.jump()
         self._stream = self._new_stream(consumed, epoch + (consumed > start))
-        self._following = Following(self._stream, self._control, self.task_ids)
+        self._following = Following(self._stream, self._decisions, self.task_ids)
         if following.tracker is not None:
             following.tracker.unsubscribe(following)
             self.follow(following.tracker)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which go on where this sampler is and follow no tracker."""
-        made_anew = ("_control", "_stream", "_following", "_warned")
+        made_anew = ("_decisions", "_stream", "_following", "_warned")
         kept = {name: value for name, value in self.__dict__.items() if name not in made_anew}
         return {**kept, "_saved": self._state()}
 

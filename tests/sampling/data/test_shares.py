@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 import taskgrad as tg
 from taskgrad.sampling import AdaptiveBatchSampler, AdaptiveSampler
 from taskgrad.sampling.engine.quota import to_units
+from taskgrad.sampling.resume import new_engine
 from tests.sampling.helpers import NAMES, TASK_OF_EXAMPLE, Report, Restless, loader, trained
 from tests.sampling.policies.test_every_policy import CASES as POLICIES
 from tests.sampling.policies.test_every_policy import TASKS
@@ -71,9 +72,9 @@ def test_counts_are_those_that_the_ledger_asks_for() -> None:
     twin = AdaptiveBatchSampler(
         TASK_OF_EXAMPLE, 10, Restless(), tasks=NAMES, num_batches=50, update_every=5, delay=0, max_epochs=None
     )
-    twin._control.ledger, twin._control.engine = sampler.ledger, twin._control._new_engine(sampler.ledger)
+    twin._decisions.ledger, twin._decisions.engine = sampler.ledger, new_engine(twin._settings, sampler.ledger)
     for entry in sampler.ledger:
-        twin._control.engine.commit(entry.effective_at, entry.weights)
+        twin._decisions.engine.commit(entry.effective_at, entry.weights)
     assert [np.sort(TASK_OF_EXAMPLE[rows]).tolist() for rows in [*twin, *twin]] == batches
 
 

@@ -25,42 +25,8 @@ from .engine.quota import from_units, to_units
 from .ledger import Ledger
 from .loading.stream import Stream
 from .policies.base import PolicyState
+from .resume import new_engine, snapshots
 from .settings import Settings
-
-_REPLAY = 1 << 16
-_FARTHEST_REPLAY = 1 << 30
-"""Batches; no run is that long, and with a hundred tasks they take half an hour."""
-
-
-@dataclass(frozen=True)
-class Realised:
-    """What was drawn up to a batch, against what was intended; arrays [T].
-
-    ``examples`` int64; ``share`` of all examples; ``intended``: mean of the weights over the same batches;
-    ``epochs``: passes over each task's examples, ``None`` where only shares are known; ``probes`` int64: slots that
-    ``probe_every`` took; ``capped``: tasks drawn ``max_epochs`` times, which get no more.
-    """
-
-    tasks: tuple[str, ...]
-    batches: int
-    examples: IntArray
-    share: FloatArray
-    intended: FloatArray
-    epochs: FloatArray | None
-    probes: IntArray
-    capped: tuple[str, ...]
-
-    def __str__(self) -> str:
-        names = [printable(task, 40) for task in self.tasks]
-        width = max(4, *(len(name) for name in names))
-        lines = [f"{self.batches} batches", f"{'task':<{width}}  examples   share  intended  epochs  probes"]
-        passes = ["     -"] * len(names) if self.epochs is None else [f"{n:>6.2f}" for n in self.epochs]
-        for t, task in enumerate(self.tasks):
-            lines.append(
-                f"{names[t]:<{width}}  {self.examples[t]:>8}  {self.share[t]:.4f}    {self.intended[t]:.4f}  "
-                f"{passes[t]}  {self.probes[t]:>6}" + ("  capped" if task in self.capped else "")
-            )
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -71,7 +37,7 @@ class _Decision:
     why: str
 
 
-class Control:
+class Decisions:
     """Owns ledger and engine. A decision waits until no report can replace it, or a batch that it is for is drawn: of
     the reports that count for the same batch, the last one wins, and entries are appended in order."""
 
@@ -94,7 +60,7 @@ class Control:
         self._last_step: int | None = None
         self._newest: int | None = None  # after a load a tracker may count its steps from 0 again
         self.ledger = ledger
-        self.engine = self._new_engine(ledger)
+        self.engine = new_engine(self.settings, ledger)
         state = self._policy_state(ledger.start - 1, None, self.settings.natural)
         self._commit(ledger.start, self.policy.initial(state), "initial")
         for batch in self.policy.changes(state):
@@ -232,28 +198,11 @@ class Control:
             cause = f"{cause}, late: due at {due}"
         self._enter(effective, agreed.weights, cause, bound, decision.why)
 
-    def realised(self, stop: int) -> Realised:
-        """Drawn against intended mix in this era's batches before ``stop``."""
-        settings, start = self.settings, self.ledger.start
-        examples = self.engine.totals(stop)
-        used_up = examples >= settings.max_draws if settings.max_draws is not None else np.zeros(len(examples), bool)
-        return Realised(
-            tasks=self.tasks,
-            batches=stop - start,
-            examples=examples.copy(),
-            share=examples / max(int(examples.sum()), 1),
-            intended=self.ledger.mean(start, stop),
-            epochs=None if settings.fresh else examples / settings.sizes,
-            probes=self.engine.probes(stop).copy(),
-            capped=tuple(self.tasks[t] for t in np.flatnonzero(used_up)),
-        )
-
     def to_dict(self, consumed: int, epoch_start: int) -> dict[str, Any]:
-        """JSON-able state after ``consumed`` batches, in an epoch that began at ``epoch_start``. Raises TypeError where
-        the policy's memory is not JSON-able, and ValueError where it holds NaN or infinity, which JSON does not have.
+        """JSON-able state after ``consumed`` batches, in an epoch that began at ``epoch_start``.
 
-        ``snapshots`` are the engine's nearest below the batches that a resumed run may start at. They follow from the
-        rest and may be missing; without them the first batch is found by replaying the quotas of all before it.
+        Raises TypeError where the policy's memory is not JSON-able, and ValueError where it holds NaN or infinity,
+        which JSON does not have.
         """
         try:
             memory = json.loads(json.dumps(self.memory, allow_nan=False))
@@ -266,44 +215,11 @@ class Control:
             "eval_losses": self.eval_losses,
             "evaluations": self.evaluations,
             "last_step": self._last_step,
-            "snapshots": self._snapshots(self._first_batches(consumed, epoch_start)),
+            "snapshots": snapshots(self.engine, self.ledger, self.settings, consumed, epoch_start),
         }
 
-    def _snapshots(self, batches: list[int]) -> list[dict[str, Any]]:
-        found = {snapshot["batch"]: snapshot for snapshot in map(self.engine.snapshot, batches)}
-        return [snapshot for batch, snapshot in found.items() if batch > self.ledger.start]
-
-    def _first_batches(self, consumed: int, epoch_start: int) -> list[int]:
-        """Those that a resumed run draws first."""
-        return [epoch_start, consumed] if self.settings.resume == "replay" else [consumed]
-
-    def prepare(self, state: Mapping[str, Any], ledger: Ledger) -> IndexEngine:
-        """The engine for a saved state, at its batch; raises ValueError where its snapshots do not fit, or so much is
-        to be replayed without them that it would never end."""
-        engine = self._new_engine(ledger)
-        for batches, weights in ledger.blocks():
-            for batch, row in zip(batches.tolist(), weights, strict=True):
-                engine.commit(batch, row)
-        known = [ledger.start]
-        try:
-            known += [snapshot["batch"] for snapshot in state["snapshots"] if engine.restore(snapshot)]
-        except ValueError as error:
-            raise ValueError(f"the field 'snapshots' of the sampler's state: {error}") from None
-        for first in self._first_batches(state["consumed"], state["epoch"][1]):
-            at = max(batch for batch in known if batch <= first)
-            if first - at > _FARTHEST_REPLAY:
-                raise ValueError(
-                    f"the field 'consumed' of the sampler's state is {state['consumed']}, and 'snapshots' holds none "
-                    f"of the {_FARTHEST_REPLAY} batches before {first}: that is the state of no run"
-                )
-            while at < first:  # in pieces, so that it can be interrupted
-                at = min(at + _REPLAY, first)
-                engine.totals(at)
-            known.append(first)
-        return engine
-
     def restore(self, state: Mapping[str, Any], ledger: Ledger, engine: IndexEngine) -> None:
-        """Take over what ``to_dict`` wrote, checked by the caller; ``engine`` is from ``prepare``."""
+        """Take over what ``to_dict`` wrote, checked by the caller; ``engine`` is from ``engine_at``."""
         self.ledger, self.engine = ledger, engine
         self._waiting = []
         # of several ranks, that had yet to agree: where one goes on alone, no batch that was drawn may change
@@ -320,19 +236,6 @@ class Control:
         self._newest = None
         self._asked = state["consumed"]
         self.agreement = None
-
-    def _new_engine(self, ledger: Ledger) -> IndexEngine:
-        settings = self.settings
-        return IndexEngine(
-            settings.seed,
-            settings.sizes,
-            settings.global_batch_size,
-            first_batch=ledger.start,
-            era=ledger.era,
-            num_replicas=settings.num_replicas,
-            probe_every=settings.probe_every,
-            max_draws=settings.max_draws,
-        )
 
     def _commit(self, effective_at: int, shares: FloatArray, cause: str) -> None:
         """Enter exactly what the guards make of ``shares``: a policy's first weights, or its schedule."""
