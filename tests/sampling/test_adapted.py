@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from taskgrad.sampling.adapted import AdaptedPolicy, check_shares
+from taskgrad.sampling.adapted import AdaptedPolicy, check_weights
 from taskgrad.sampling.arrays import FloatArray
 from taskgrad.sampling.policies import Policy, PolicyState, Proportional, Shuffled
 from tests.sampling.policies.helpers import state
@@ -118,7 +118,7 @@ def test_a_line_that_is_no_text(said: Any) -> None:
 )
 def test_what_a_policy_returns_is_checked(shares: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_shares(shares, ("a", "b", "c"), "P")
+        check_weights(shares, ("a", "b", "c"), "P")
 
 
 @pytest.mark.parametrize(
@@ -135,9 +135,9 @@ def test_what_a_policy_returns_is_checked(shares: Any, message: str) -> None:
 )
 def test_what_a_policy_returns_must_be_numbers(shares: Any) -> None:
     with pytest.raises(TypeError, match=r"P returned .*; it must return one probability per task \(3\)"):
-        check_shares(shares, ("a", "b", "c"), "P")
+        check_weights(shares, ("a", "b", "c"), "P")
 
 
 def test_integers_tensors_and_rounding_errors_are_fine() -> None:
     for shares in ([0, 1, 0], np.array([0, 1, 0], dtype=np.float32), torch.tensor([0.0, 1.0 + 5e-7, 0.0])):
-        assert check_shares(shares, ("a", "b", "c"), "P").tolist() == [0, 1, 0]
+        assert check_weights(shares, ("a", "b", "c"), "P").tolist() == [0, 1, 0]

@@ -45,13 +45,13 @@ class AdaptedPolicy:
         return defaults
 
     def initial(self, state: PolicyState) -> FloatArray:
-        """Shares [T] before the first report."""
+        """Weights [T] before the first report."""
         first = self._policy.initial(state) if hasattr(self._policy, "initial") else state.natural
-        return check_shares(first, state.tasks, self.name)
+        return check_weights(first, state.tasks, self.name)
 
     def weights(self, report: Any, state: PolicyState) -> FloatArray:
-        """Shares [T] that follow the report."""
-        return check_shares(self._policy.weights(report, state), state.tasks, self.name)
+        """Weights [T] that follow the report."""
+        return check_weights(self._policy.weights(report, state), state.tasks, self.name)
 
     def changes(self, state: PolicyState) -> Sequence[int]:
         """Batches from which on ``weights`` gives others without a report, ascending."""
@@ -72,15 +72,15 @@ def _name(policy: Any) -> str:
     return type(policy).__name__ + ("" if inner is None else f"({_name(inner)})")
 
 
-def check_shares(shares: Any, tasks: Sequence[str], policy: str) -> FloatArray:
+def check_weights(wanted: Any, tasks: Sequence[str], policy: str) -> FloatArray:
     """What a policy returned, as read-only float64 [T]; raises ValueError where it is no (partial) distribution, and
     TypeError where it does not consist of numbers."""
     try:
-        given = to_numpy(shares)
+        given = to_numpy(wanted)
     except ValueError:  # a ragged list
         given = np.array(None)
     if given.dtype.kind not in "fiu":
-        raise TypeError(f"{policy} returned {shares!r}; it must return one probability per task ({len(tasks)})")
+        raise TypeError(f"{policy} returned {wanted!r}; it must return one probability per task ({len(tasks)})")
     values = given.astype(np.float64)
     if values.shape != (len(tasks),):
         raise ValueError(f"{policy} returned weights of shape {values.shape}, need ({len(tasks)},): one per task")

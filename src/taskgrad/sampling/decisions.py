@@ -32,7 +32,7 @@ from .settings import Settings
 @dataclass(frozen=True)
 class _Decision:
     effective_at: int
-    shares: FloatArray
+    wanted: FloatArray
     cause: str
     why: str
 
@@ -69,12 +69,12 @@ class Decisions:
 
     def _enter_change(self, batch: int, state: PolicyState) -> None:
         """Enter a scheduled change, in as many steps as ``max_change`` makes of it."""
-        shares = self.policy.weights(None, state)
+        wanted = self.policy.weights(None, state)
         every = self.settings.update_every
         at = max(-(-batch // every) * every, self.ledger[-1].effective_at + 1)
         while True:
             entries = len(self.ledger)
-            self._commit(at, shares, "schedule")
+            self._commit(at, wanted, "schedule")
             if len(self.ledger) == entries or "max_change" not in self.ledger[-1].bound:
                 return
             at += every
@@ -131,21 +131,21 @@ class Decisions:
     def _ask(self, report: Any, batch: int, lr: float | None, effective: int, due: int) -> None:
         self.enter_before(effective)
         state = self._policy_state(batch, lr, from_units(self.ledger.at(batch).weights))
-        shares = self.policy.weights(report, state)
+        wanted = self.policy.weights(report, state)
         late = "" if effective == due else f", late: due at {due}"
         if self._waiting and self._waiting[-1].effective_at == effective:
             self._waiting.pop()
         gap = max(batch - self._asked, 1)  # between reports, as far as one can see
         is_last = self._slot(batch + gap + 1 + self.settings.delay) > effective  # else another will take its place
         self._asked = batch
-        why = self._why(shares, state) if is_last else ""
-        self._waiting.append(_Decision(effective, shares, f"report on batch {batch}{late}", why))
+        why = self._why(wanted, state) if is_last else ""
+        self._waiting.append(_Decision(effective, wanted, f"report on batch {batch}{late}", why))
 
     def enter_before(self, batch: int) -> None:
         """Enter what waits for batches before ``batch``. Several ranks have to agree first."""
         while self.agreement is None and self._waiting and self._waiting[0].effective_at < batch:
             decision = self._waiting.pop(0)
-            units, bound = self._after(self.ledger[-1].weights, decision.shares)
+            units, bound = self._after(self.ledger[-1].weights, decision.wanted)
             self._enter(decision.effective_at, units, decision.cause, bound, decision.why)
 
     def weights_at(self, batch: int) -> FloatArray:
@@ -153,7 +153,7 @@ class Decisions:
         units = self.ledger.at(batch).weights
         for decision in self._waiting:
             if decision.effective_at <= batch:
-                units, _ = self._after(units, decision.shares)
+                units, _ = self._after(units, decision.wanted)
         return from_units(units)
 
     # -- several ranks ------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ class Decisions:
         slot = (stream.consumed + reach) // every * every
         hand_over(slot - 1 - delay)
         decision = self._waiting[0] if self._waiting and self._waiting[0].effective_at <= slot else None
-        units, bound = (None, ()) if decision is None else self._after(self.ledger[-1].weights, decision.shares)
+        units, bound = (None, ()) if decision is None else self._after(self.ledger[-1].weights, decision.wanted)
         more = len(self._waiting) > 1 and self._waiting[1].effective_at <= slot
         batches = max(1, (stream.consumed - self._agreed_at) // self._calls)  # a call
         after = 1 if more else max(1, -(-(slot + every - reach - stream.consumed) // batches))
@@ -210,7 +210,7 @@ class Decisions:
             raise type(error)(f"{self.policy.name} keeps in state.memory what JSON cannot hold: {error}") from None
         return {
             "ledger": self.ledger.to_dict(),
-            "waiting": [[d.effective_at, d.shares.tolist(), d.cause, d.why] for d in self._waiting],
+            "waiting": [[d.effective_at, d.wanted.tolist(), d.cause, d.why] for d in self._waiting],
             "memory": memory,
             "eval_losses": self.eval_losses,
             "evaluations": self.evaluations,
@@ -225,10 +225,10 @@ class Decisions:
         # of several ranks, that had yet to agree: where one goes on alone, no batch that was drawn may change
         late = any(at < state["consumed"] for at, *_ in state["waiting"])
         first = self._slot(state["consumed"]) if late else 0
-        for at, shares, *said in state["waiting"]:
+        for at, wanted, *said in state["waiting"]:
             if at <= first and self._waiting:
                 self._waiting.pop()
-            self._waiting.append(_Decision(max(at, first), frozen_floats(shares), *said))
+            self._waiting.append(_Decision(max(at, first), frozen_floats(wanted), *said))
         self.memory = state["memory"]
         self.eval_losses = state["eval_losses"]
         self.evaluations = state["evaluations"]
@@ -237,16 +237,16 @@ class Decisions:
         self._asked = state["consumed"]
         self.agreement = None
 
-    def _commit(self, effective_at: int, shares: FloatArray, cause: str) -> None:
-        """Enter exactly what the guards make of ``shares``: a policy's first weights, or its schedule."""
+    def _commit(self, effective_at: int, wanted: FloatArray, cause: str) -> None:
+        """Enter exactly what the guards make of ``wanted``: a policy's first weights, or its schedule."""
         last = from_units(self.ledger[-1].weights) if len(self.ledger) else None
-        weights, bound = self.settings.guards.apply(shares, last)
+        weights, bound = self.settings.guards.apply(wanted, last)
         self._enter(effective_at, to_units(weights), cause, bound, "")
 
-    def _after(self, last: IntArray, shares: FloatArray) -> tuple[IntArray, tuple[str, ...]]:
+    def _after(self, last: IntArray, wanted: FloatArray) -> tuple[IntArray, tuple[str, ...]]:
         """The mix int64 [T] that follows ``last``, and the guards that changed something. Of what a policy follows from
         report to report, only what moves a task noticeably."""
-        weights, bound = self.settings.guards.apply(shares, from_units(last))
+        weights, bound = self.settings.guards.apply(wanted, from_units(last))
         return next_mix(to_units(weights), last, self.settings.guards), bound
 
     def _enter(self, effective_at: int, units: IntArray, cause: str, bound: tuple[str, ...], why: str) -> None:
@@ -257,10 +257,10 @@ class Decisions:
             self.ledger.append(effective_at, units, cause, bound, why)
             self.engine.commit(effective_at, units)
 
-    def _why(self, shares: FloatArray, state: PolicyState) -> str:
+    def _why(self, wanted: FloatArray, state: PolicyState) -> str:
         """The policy's line on the change, if there is one and it has any; printable, at most 120 characters."""
         last = self.ledger[-1].weights
-        units, _ = self._after(last, shares)
+        units, _ = self._after(last, wanted)
         if np.array_equal(units, last):
             return ""
         weights, proposed = frozen_floats(from_units(last)), frozen_floats(from_units(units))

@@ -68,14 +68,14 @@ class Guards(ReadOnlyArrays):
                     f"budget={self.budget:g} allows: {remedy} {name}, or pass budget={_rounded_up(needed):g} or more"
                 )
 
-    def apply(self, shares: FloatArray, previous: FloatArray | None) -> tuple[FloatArray, tuple[str, ...]]:
+    def apply(self, wanted: FloatArray, previous: FloatArray | None) -> tuple[FloatArray, tuple[str, ...]]:
         """Weights [T] summing to 1, and the names of the guards that changed something.
 
-        ``shares``: what the policy asked for, checked by ``check_shares``; ``previous``: the weights before this
+        ``wanted``: what the policy asked for, checked by ``check_weights``; ``previous``: the weights before this
         change, or None for the first.
         """
         bound: list[str] = []
-        weights = self._mix(shares, bound)
+        weights = self._mix(wanted, bound)
         if self.max_change is not None and previous is not None:
             # A task below its natural share may return to it at once; a weight of 0 could never rise otherwise.
             high = self.max_change * np.maximum(previous, self.natural / self.max_change)
@@ -92,27 +92,27 @@ class Guards(ReadOnlyArrays):
         weights = np.maximum(weights, 0.0)
         return weights / weights.sum(), tuple(dict.fromkeys(bound))
 
-    def _mix(self, shares: FloatArray, bound: list[str]) -> FloatArray:
-        total = min(float(shares.sum()), 1.0)
+    def _mix(self, wanted: FloatArray, bound: list[str]) -> FloatArray:
+        total = min(float(wanted.sum()), 1.0)
         if self.pinned.any():
-            free = np.where(self.pinned, 0.0, shares)
-            if (shares[self.pinned] > 0).any():
+            free = np.where(self.pinned, 0.0, wanted)
+            if (wanted[self.pinned] > 0).any():
                 bound.append("pinned")
             if free.sum() > 0:
-                shares = free * (total / free.sum())
+                wanted = free * (total / free.sum())
             else:
-                shares, total = free, 0.0
+                wanted, total = free, 0.0
         if self.budget is not None:
-            asked = shares + (1.0 - total) * self.natural
-            if 0.5 * float(np.abs(asked - self.natural).sum()) > self.budget + _TINY:
+            mix = wanted + (1.0 - total) * self.natural
+            if 0.5 * float(np.abs(mix - self.natural).sum()) > self.budget + _TINY:
                 bound.append("budget")
-            return (1.0 - self.budget * total) * self.natural + self.budget * shares
+            return (1.0 - self.budget * total) * self.natural + self.budget * wanted
         if not self.pinned.any():
-            return shares + (1.0 - total) * self.natural
+            return wanted + (1.0 - total) * self.natural
         kept = np.where(self.pinned, self.natural, 0.0)
         others = self.natural - kept
         open_share = float(others.sum())
-        return kept + open_share * shares + (1.0 - total) * others
+        return kept + open_share * wanted + (1.0 - total) * others
 
     def _clip(self, weights: FloatArray, low: FloatArray, high: FloatArray, name: str, bound: list[str]) -> FloatArray:
         held_low = np.where(self.pinned, np.clip(weights, low, high), low)

@@ -82,8 +82,8 @@ def engine_at(state: Mapping[str, Any], ledger: Ledger, settings: Settings) -> I
     replayed without them that it would never end."""
     engine = new_engine(settings, ledger)
     for batches, weights in ledger.blocks():
-        for batch, row in zip(batches.tolist(), weights, strict=True):
-            engine.commit(batch, row)
+        for batch, mix in zip(batches.tolist(), weights, strict=True):
+            engine.commit(batch, mix)
     known = [ledger.start]
     try:
         known += [snapshot["batch"] for snapshot in state["snapshots"] if engine.restore(snapshot)]

@@ -110,13 +110,13 @@ class AdaptiveBatchSampler(_Adaptive[list[int]]):
             (``num_workers * prefetch_factor``; Accelerate one more, and times the processes). 64 by default; in a run
             whose ``horizon`` is short a sixteenth of it, at least 8.
         horizon: batches of the whole run, for policies with a schedule.
-        importance: weight of each task, positive, for policies that use one (``OverwriteBoost``; the published
+        importance: how much each task counts, positive, for policies that use one (``OverwriteBoost``; the published
             baselines do not): a mapping (1 for the others), one per task, or a number for all.
         critical: tasks that ``OverwriteBoost`` never gives up on, however little a raise has bought so far.
         budget: the largest share of a batch that may be diverted from the natural mix.
         probe_every: a task unseen for that many batches takes a slot.
-        min_weight, max_weight: bounds on each task's share: a number for all, a mapping or one per task.
-        max_change: the largest factor between a task's share and its predecessor.
+        min_weight, max_weight: bounds on each task's weight: a number for all, a mapping or one per task.
+        max_change: the largest factor between a task's weight and its predecessor.
         max_epochs: passes after which a task gets no more; its share goes to the others in proportion.
         pinned: tasks that the policy cannot raise: with a budget they give way like the natural mix does, without
             one they keep their natural share.

@@ -96,8 +96,8 @@ def _check_together(state: Mapping[str, Any]) -> Ledger:
     if Epochs.resumed(runs).start(epoch) != start:
         raise _wrong("epoch", state["epoch"])
     last = ledger[-1].effective_at
-    for at, shares, *_ in state["waiting"]:
-        if at <= last or len(shares) != tasks or not sum(shares) <= 1 + 1e-6:
+    for at, wanted, *_ in state["waiting"]:
+        if at <= last or len(wanted) != tasks or not sum(wanted) <= 1 + 1e-6:
             raise _wrong("waiting", state["waiting"])
         last = at
     batches = [snapshot["batch"] for snapshot in state["snapshots"]]
@@ -163,7 +163,7 @@ def _decision(value: Any) -> bool:
         isinstance(value, list)
         and len(value) == 4
         and _later(value[0])
-        and _list(value[1], lambda share: _number(share) and share >= 0)
+        and _list(value[1], lambda weight: _number(weight) and weight >= 0)
         and _line(value[2])
         and _line(value[3])
     )

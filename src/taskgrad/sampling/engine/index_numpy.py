@@ -126,10 +126,10 @@ class Engine:
             drawn, counts, offset = self._pass(k)
             every = slice((rank + offset) % self._replicas, None, self._replicas)
             task, positions = self._positions(drawn, counts, every)
-        rows = starts[task] + positions
-        if order is not None and not _within(rows, 0, len(order) - 1):
+        places = starts[task] + positions
+        if order is not None and not _within(places, 0, len(order) - 1):
             raise IndexError("starts lead beyond the order")
-        found: list[int] = (rows if order is None else order.take(rows)).tolist()
+        found: list[int] = (places if order is None else order.take(places)).tolist()
         return found
 
     def _pass(self, k: int) -> tuple[IntArray, IntArray, int]:
@@ -234,7 +234,7 @@ class Engine:
                 slack = np.where(room > 0, slack, np.iinfo(np.int32).max)
             forced = due(slack, self._batch_size)
             if forced is not None:
-                # A probe is an example drawn early as far as the task's own share will pay for it; the rest is taken
+                # A probe is an example drawn early as far as the task's own weight will pay for it; the rest is taken
                 # from the mix for good. So a tiny weight runs up no debt that would starve the task when it rises.
                 asked = forced & (credit <= 0)
                 if asked.any():

@@ -8,7 +8,7 @@ example) first, which is optimal for unit jobs with integer release times and de
 credits may fall due than there are slots; then the largest are served, which keeps every deficit below 1 + ln T.
 
 Floating point appears in two places, as one correctly rounded IEEE operation each, so it is the same everywhere:
-deadlines, where it is exact (``deadline_keys``), and shares of a sum to be spread, which may be off by a few units of
+deadlines, where it is exact (``deadline_keys``), and parts of a sum to be spread, which may be off by a few units of
 2**-40 (``spread``). ``csrc/index_engine/quota.cpp`` agrees to the bit.
 """
 
@@ -63,9 +63,9 @@ def spread(amounts: IntArray, who: BoolArray, values: IntArray | int, payers: In
         return amounts
     replaced = np.where(who, values, amounts)
     freed = int((amounts - replaced).sum())
-    shares = np.floor(payers * (float(freed) / float(total))).astype(np.int64)
-    shares[int(payers.argmax())] += freed - int(shares.sum())
-    out: IntArray = replaced + shares
+    parts = np.floor(payers * (float(freed) / float(total))).astype(np.int64)
+    parts[int(payers.argmax())] += freed - int(parts.sum())
+    out: IntArray = replaced + parts
     return out
 
 
