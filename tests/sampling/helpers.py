@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from taskgrad.sampling.arrays import FloatArray
 from taskgrad.sampling.engine import index_numpy, native
 from taskgrad.sampling.policies import Policy, PolicyState
-from taskgrad.sampling.state import seal
+from taskgrad.sampling.saved.state import seal
 
 NAMES = ("text", "code", "legal", "poetry")
 SIZES = (700, 120, 30, 11)

@@ -25,7 +25,7 @@ from .engine.quota import from_units, to_units
 from .ledger import Ledger
 from .loading.stream import Stream
 from .policies.base import PolicyState
-from .resume import new_engine, snapshots
+from .saved.resume import new_engine, snapshots
 from .settings import Settings
 
 

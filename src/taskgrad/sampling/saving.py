@@ -12,12 +12,12 @@ from .decisions import Decisions
 from .follow import Following
 from .inputs import count_of
 from .ledger import Ledger
-from .live_state import LiveState
 from .loading import loaders
 from .loading.stream import Stream
-from .resume import check_built_alike, check_same_data, engine_at
+from .saved.live_state import LiveState
+from .saved.resume import check_built_alike, check_same_data, engine_at
+from .saved.state import check, seal
 from .settings import Settings
-from .state import check, seal
 
 _Self = TypeVar("_Self", bound="Saving")
 

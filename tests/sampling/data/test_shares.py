@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 import taskgrad as tg
 from taskgrad.sampling import AdaptiveBatchSampler, AdaptiveSampler
 from taskgrad.sampling.engine.quota import to_units
-from taskgrad.sampling.resume import new_engine
+from taskgrad.sampling.saved.resume import new_engine
 from tests.sampling.helpers import NAMES, TASK_OF_EXAMPLE, Report, Restless, loader, trained
 from tests.sampling.policies.test_every_policy import CASES as POLICIES
 from tests.sampling.policies.test_every_policy import TASKS
-from tests.sampling.test_copies import reported
+from tests.sampling.saved.test_copies import reported
 from tests.sampling.test_follow import Restless as Follower
 
 SHARES = {"text": 0.7, "code": 0.2, "legal": 0.08, "poetry": 0.02}

@@ -12,13 +12,13 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from .change import WIDTH
-from .data.task_index import numbered
-from .engine.index_numpy import MAX_BATCHES
-from .ledger import Ledger
-from .ledger_page import LATEST
+from ..change import WIDTH
+from ..data.task_index import numbered
+from ..engine.index_numpy import MAX_BATCHES
+from ..ledger import Ledger
+from ..ledger_page import LATEST
+from ..loading.epochs import Epochs
 from .live_state import LiveState
-from .loading.epochs import Epochs
 
 FORMAT = 2
 

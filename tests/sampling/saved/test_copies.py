@@ -23,7 +23,7 @@ from taskgrad.sampling import AdaptiveBatchSampler, AdaptiveSampler, Ledger, Tas
 from tests.sampling.helpers import NAMES, TASK_OF_EXAMPLE, Restless
 from tests.sampling.policies.test_every_policy import CASES as POLICIES
 from tests.sampling.policies.test_every_policy import SIZES, TASKS
-from tests.sampling.test_state import build, rebased, reports, train
+from tests.sampling.saved.test_state import build, rebased, reports, train
 
 
 def pickled(value: Any) -> Any:

@@ -17,9 +17,9 @@ import torch.distributed.checkpoint as dcp
 from torch.utils.data import DataLoader
 
 from taskgrad.sampling import AdaptiveBatchSampler
-from taskgrad.sampling.live_state import LiveState
+from taskgrad.sampling.saved.live_state import LiveState
 from tests.sampling.helpers import TASK_OF_EXAMPLE, Identity, Report
-from tests.sampling.test_state import LENGTH, build
+from tests.sampling.saved.test_state import LENGTH, build
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # which torchdata calls
 DELAY = 12

@@ -6,9 +6,9 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from .engine.index import IndexEngine
-from .ledger import Ledger
-from .settings import Settings
+from ..engine.index import IndexEngine
+from ..ledger import Ledger
+from ..settings import Settings
 
 _REPLAY = 1 << 16
 _FARTHEST_REPLAY = 1 << 30

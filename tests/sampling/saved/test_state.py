@@ -23,8 +23,8 @@ from taskgrad.sampling import AdaptiveBatchSampler
 from taskgrad.sampling import ledger as ledger_module
 from taskgrad.sampling import policies as p
 from taskgrad.sampling.engine.quota import to_units
-from taskgrad.sampling.resume import new_engine
-from taskgrad.sampling.state import _FIELDS as FIELDS
+from taskgrad.sampling.saved.resume import new_engine
+from taskgrad.sampling.saved.state import _FIELDS as FIELDS
 from tests.sampling.helpers import NAMES, SIZES, TASK_OF_EXAMPLE, Report, Restless, sealed_again
 
 LENGTH = 25
