@@ -23,9 +23,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from taskgrad.sampling import AdaptiveBatchSampler, TaskIndex, index_numpy, native
+from taskgrad.sampling import AdaptiveBatchSampler, TaskIndex
+from taskgrad.sampling.engine import index_numpy, native
+from taskgrad.sampling.engine.quota import to_units
 from taskgrad.sampling.policies import Proportional
-from taskgrad.sampling.quota import to_units
 
 from . import timing
 

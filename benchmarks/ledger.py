@@ -139,7 +139,7 @@ def main() -> None:
     args = parser.parse_args()
     print(
         f"{'policy':<15} {'tasks':>5} {'budget':>6} {'reports':>8} {'entries':>8} {'JSON bytes':>10} "
-        f"{'rows':>9} {'notes':>7} {'whys':>7} {'save s':>8} {'load s':>8} {'resume s':>8}"
+        f"{'mixes':>9} {'notes':>7} {'whys':>7} {'save s':>8} {'load s':>8} {'resume s':>8}"
     )
     for name in args.only:
         for tasks in args.tasks:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from taskgrad.sampling import TaskIndex
-from taskgrad.sampling.inputs import group_by_task
+from taskgrad.sampling.data.arguments import group_by_task
 
 from .index_engine import draws, engines, far_seek, lists, make, sizes_of
 

@@ -100,10 +100,10 @@ def test_a_long_ledger_fits(tmp_path: Path) -> None:
     """A header of a safetensors file does not take 100 MB; what is in the JSON parts has no such bound."""
     loop = Loop()
     loop.run(2)
-    loop.sampler._control.memory["long"] = "x" * 101_000_000
+    loop.sampler._decisions.memory["long"] = "x" * 101_000_000
     tg.save_checkpoint(tmp_path / "x", loop.tracker, loop.sampler, step=2)
     assert tg.load_checkpoint(tmp_path / "x", Loop().tracker, again := _sampler()) == 2
-    assert len(again._control.memory["long"]) == 101_000_000
+    assert len(again._decisions.memory["long"]) == 101_000_000
 
 
 @pytest.fixture
@@ -299,7 +299,7 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], mess
 def test_a_policy_that_keeps_what_json_cannot_hold(saved: tuple[Path, Loop]) -> None:
     path, loop = saved
     data = path.read_bytes()
-    loop.sampler._control.memory["bad"] = float("inf")
+    loop.sampler._decisions.memory["bad"] = float("inf")
     with pytest.raises(ValueError, match="OverwriteBoost keeps in state"):
         tg.save_checkpoint(path, loop.tracker, loop.sampler, step=6)
     assert path.read_bytes() == data and len(list(path.parent.iterdir())) == 1

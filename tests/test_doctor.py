@@ -17,7 +17,7 @@ import torch
 import taskgrad
 from taskgrad import cli
 from taskgrad.ops import _native
-from taskgrad.sampling import native
+from taskgrad.sampling.engine import native
 
 PACKAGE = Path(taskgrad.__file__).parent
 built_ahead = pytest.mark.skipif(bool(list(PACKAGE.glob("_C*.so"))), reason="the package carries built kernels")
@@ -99,7 +99,8 @@ def test_reference_on_request():
 DRAW = """
     import sys
     {first}
-    from taskgrad.sampling import AdaptiveBatchSampler, native
+    from taskgrad.sampling import AdaptiveBatchSampler
+    from taskgrad.sampling.engine import native
     from taskgrad.sampling.policies import Uniform
     print(native.load()[1])
     print(list(AdaptiveBatchSampler({{"a": 900, "b": 20}}, 8, Uniform(), num_batches=3)))
@@ -135,7 +136,7 @@ def test_an_index_engine_demanded_and_missing_is_an_error():
 
 @pytest.mark.parametrize("version", ["ALGORITHM", "INTERFACE"])
 def test_an_index_engine_of_other_sources_is_not_used(version):
-    stale = f"from taskgrad.sampling import index_numpy; index_numpy.{version} = -1"
+    stale = f"from taskgrad.sampling.engine import index_numpy; index_numpy.{version} = -1"
     done = python(DRAW.format(first=stale), {}, check=True)
     assert done.stdout.startswith("NumPy because ")
 

@@ -1,4 +1,5 @@
-// Batch k as a pure function of seed, sizes, batch size, guards, weights and k. Twin: taskgrad/sampling/index_numpy.py.
+// Batch k as a pure function of seed, sizes, batch size, guards, weights and k.
+// Twin: taskgrad/sampling/engine/index_numpy.py.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +21,8 @@ constexpr std::int64_t kMaxBatchSize = std::int64_t{1} << 20;
 constexpr std::int64_t kMaxBatches = std::int64_t{1} << 40;
 constexpr std::int64_t kMaxExamples = std::int64_t{1} << 48;
 
-// Arguments are checked in taskgrad/sampling/index.py; here only what memory safety needs, so that no sequence of calls
-// whatever reads or writes outside of what it owns. One call runs at a time.
+// Arguments are checked in taskgrad/sampling/engine/index.py; here only what memory safety needs, so that no sequence of
+// calls whatever reads or writes outside of what it owns. One call runs at a time.
 class Engine {
  public:
   Engine(std::uint64_t seed, Ints sizes, std::int64_t batch_size, std::int64_t first_batch, std::uint64_t era,

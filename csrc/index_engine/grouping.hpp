@@ -1,4 +1,4 @@
-// Counting sort of examples by task, a chunk at a time. Twin: taskgrad/sampling/grouping.py.
+// Counting sort of examples by task, a chunk at a time. Twin: taskgrad/sampling/data/grouping.py.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // Integer hashes: the output functions of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) and of MurmurHash3's 32-bit
-// variant. Twin: taskgrad/sampling/permutation.py.
+// variant. Twin: taskgrad/sampling/engine/permutation.py.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Keyed permutations of range(size). Twin and explanation: taskgrad/sampling/permutation.py.
+// Keyed permutations of range(size). Twin and explanation: taskgrad/sampling/engine/permutation.py.
 #pragma once
 
 #include <array>

@@ -1,4 +1,4 @@
-// How many examples of each task a batch gets. Twin and explanation: taskgrad/sampling/quota.py.
+// How many examples of each task a batch gets. Twin and explanation: taskgrad/sampling/engine/quota.py.
 #pragma once
 
 #include <cstdint>

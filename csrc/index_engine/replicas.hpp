@@ -1,4 +1,4 @@
-// Which rows of a batch each replica gets. Twin and explanation: taskgrad/sampling/replicas.py.
+// Which rows of a batch each replica gets. Twin and explanation: taskgrad/sampling/engine/replicas.py.
 #pragma once
 
 #include <cstdint>

@@ -7,7 +7,7 @@ ALGORITHM: int
 INTERFACE: int
 
 class Engine:
-    """Same methods as ``taskgrad.sampling.index_numpy.Engine``."""
+    """Same methods as ``taskgrad.sampling.engine.index_numpy.Engine``."""
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ from ._text import printable
 from .ops import _native, cost_model
 from .ops._shared import triton_obstacle
 from .ops.sum_gram import MAX_ROWS
-from .sampling import native as index_engine
+from .sampling.engine import native as index_engine
 
 Facts = dict[str, str | int | None]
 

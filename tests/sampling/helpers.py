@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from taskgrad.sampling import index_numpy, native
 from taskgrad.sampling.arrays import FloatArray
+from taskgrad.sampling.engine import index_numpy, native
 from taskgrad.sampling.policies import Policy, PolicyState
-from taskgrad.sampling.state import seal
+from taskgrad.sampling.saved.state import seal
 
 NAMES = ("text", "code", "legal", "poetry")
 SIZES = (700, 120, 30, 11)

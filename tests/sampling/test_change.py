@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from taskgrad.sampling.arrays import FloatArray, IntArray
 from taskgrad.sampling.change import TOLERANCE, described, joined, next_mix
+from taskgrad.sampling.engine.quota import ONE, from_units, to_units
 from taskgrad.sampling.guards import Guards
-from taskgrad.sampling.quota import ONE, from_units, to_units
 
 
 def guards(natural: FloatArray, **options: Any) -> Guards:

@@ -4,11 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskgrad.sampling.guards import Guards, check_shares, fit
+from taskgrad.sampling.guards import Guards, fit
 
 NATURAL = np.array([0.9, 0.06, 0.04])
 
@@ -155,42 +154,3 @@ def test_fit_scales_between_the_bounds(rows: list[tuple[float, float, float]]) -
 def test_guards_that_cannot_be_met_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         guards(**options)
-
-
-@pytest.mark.parametrize(
-    "shares, message",
-    [
-        ([0.5, 0.5], r"P returned weights of shape \(2,\), need \(3,\)"),
-        ([0.5, 0.5, float("nan")], "negative or not finite: {'c': nan}"),
-        ([0.5, 0.6, -0.1], "negative or not finite: {'c': -0.1}"),
-        ([0.5, 0.5, float("inf")], "not finite"),
-        ([0.5, 0.5, 0.1], "summing to 1.1"),
-        (np.full((1, 3), 1 / 3), r"shape \(1, 3\), need \(3,\)"),
-        (0.5, r"shape \(\), need \(3,\)"),
-    ],
-)
-def test_what_a_policy_returns_is_checked(shares: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_shares(shares, ("a", "b", "c"), "P")
-
-
-@pytest.mark.parametrize(
-    "shares",
-    [
-        None,
-        {"a": 0.5, "b": 0.5, "c": 0.0},
-        [True, False, False],
-        [0.5 + 0j, 0.5, 0.0],
-        ["0.5", "0.5", "0"],
-        [0.5, 0.5, None],
-        [[0.5], [0.5, 0.0], []],
-    ],
-)
-def test_what_a_policy_returns_must_be_numbers(shares: Any) -> None:
-    with pytest.raises(TypeError, match=r"P returned .*; it must return one probability per task \(3\)"):
-        check_shares(shares, ("a", "b", "c"), "P")
-
-
-def test_integers_tensors_and_rounding_errors_are_fine() -> None:
-    for shares in ([0, 1, 0], np.array([0, 1, 0], dtype=np.float32), torch.tensor([0.0, 1.0 + 5e-7, 0.0])):
-        assert check_shares(shares, ("a", "b", "c"), "P").tolist() == [0, 1, 0]

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from taskgrad.sampling import Entry, Ledger, ledger_page
 from taskgrad.sampling import ledger as ledger_module
+from taskgrad.sampling.engine.quota import ONE, to_units
 from taskgrad.sampling.ledger_page import Before
-from taskgrad.sampling.quota import ONE, to_units
 
 
 def units(*values: float) -> np.ndarray:
@@ -377,7 +377,7 @@ def test_what_a_page_holds_is_bounded(stream: int, content: bytes) -> None:
     data["pages"][0][stream] = base64.b64encode(zlib.compress(content)).decode()
     data["checksum"] = ledger_module._checksum(data, ())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=r"pages\[0\]\.(rows|notes|whys): "):
+    with pytest.raises(ValueError, match=r"pages\[0\]\.(mixes|notes|whys): "):
         Ledger.from_dict(data)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
 
@@ -388,7 +388,7 @@ def test_streams_end_where_they_should(stream: int, change: Any) -> None:
     data = filled().to_dict()
     data["pages"][0][stream] = base64.b64encode(change(base64.b64decode(data["pages"][0][stream]))).decode()
     data["checksum"] = ledger_module._checksum(data, ())
-    with pytest.raises(ValueError, match=r"pages\[0\]\.(rows|notes|whys): "):
+    with pytest.raises(ValueError, match=r"pages\[0\]\.(mixes|notes|whys): "):
         Ledger.from_dict(data)
 
 
@@ -402,7 +402,7 @@ def test_batches_out_of_order_are_refused_whatever_digests_say(batches: tuple[in
             for i in range(0, 2, size):
                 ledger._pages.append(ledger_page.packed(entries[i : i + size], before))
                 before = ledger._pages[-1].after
-            with pytest.raises(ValueError, match=r"pages\[\d\]\.rows: (it begins at|the entries' batches|a batch is)"):
+            with pytest.raises(ValueError, match=r"pages\[\d\]\.mixes: (it begins at|the entries' batches|a batch is)"):
                 Ledger.from_dict(ledger.to_dict())
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from .._gloo_exit import wait_at_exit
 from .arrays import IntArray
-from .quota import ONE
+from .engine.quota import ONE
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -74,10 +74,10 @@ class Agreement:
         ranks = dist.get_world_size(self._group)
         found = torch.empty(ranks * len(said), dtype=said.dtype, device=self._device)
         dist.all_gather_into_tensor(found, said, group=self._group)
-        rows = found.view(ranks, -1).tolist()
-        _refuse([row[0] for row in rows], [row[1] for row in rows], [row[3] for row in rows])
+        said_by = found.view(ranks, -1).tolist()
+        _refuse([each[0] for each in said_by], [each[1] for each in said_by], [each[3] for each in said_by])
         agreed = np.array(first[_HEAD:]) if first[4] else None
-        return Agreed(agreed, max(row[2] for row in rows), int(first[5]))
+        return Agreed(agreed, max(each[2] for each in said_by), int(first[5]))
 
 
 def _differs(mine: IntArray, first: IntArray) -> int:

@@ -1,4 +1,4 @@
-"""From one mix to the next: which shares really change, and how that is said in a line.
+"""From one mix to the next: which weights really change, and how that is said in a line.
 
 A policy that follows measurements asks for a slightly different mix after every report. What is in force stays in
 force for every task that is asked to move by less than ``TOLERANCE``, so that the ledger holds changes, not noise.
@@ -12,11 +12,11 @@ import numpy as np
 
 from .._text import printable
 from .arrays import IntArray
+from .engine.quota import ONE, from_units, to_units
 from .guards import Guards
-from .quota import ONE, from_units, to_units
 
 TOLERANCE = 0.01
-"""A share asked to move by less than this part of itself stays."""
+"""A weight asked to move by less than this part of itself stays."""
 NAMED = 3
 """Tasks that a line names."""
 WIDTH = 120
@@ -26,11 +26,11 @@ WIDTH = 120
 def next_mix(asked: IntArray, in_force: IntArray, guards: Guards) -> IntArray:
     """The mix that follows ``in_force`` where the guards let through ``asked``; both int64 [T], summing to 2**40.
 
-    ``in_force`` itself where no task moves. A task that moves gets what is asked for it, the others keep their share.
+    ``in_force`` itself where no task moves. A task that moves gets what is asked for it, the others keep their weight.
     What is then missing from 2**40, or too much, is made up by letting others move too, those with furthest to go
-    first, the last one part of its way. So every share lies between those that the guards let through before and now,
-    and within their bounds. Where the budget, the one guard on all shares together, would be exceeded all the same,
-    ``asked`` is taken as it is, and so is the natural mix. Shares are compared with those in force, so a slow drift
+    first, the last one part of its way. So every weight lies between those that the guards let through before and now,
+    and within their bounds. Where the budget, the one guard on all weights together, would be exceeded all the same,
+    ``asked`` is taken as it is, and so is the natural mix. Weights are compared with those in force, so a slow drift
     is entered as soon as it adds up.
     """
     tolerance = TOLERANCE
@@ -57,13 +57,13 @@ def next_mix(asked: IntArray, in_force: IntArray, guards: Guards) -> IntArray:
 
 
 def described(tasks: Sequence[str], before: IntArray, after: IntArray) -> str:
-    """What a change does to the shares that move most, in a line; both int64 [T]."""
-    shares = from_units(np.stack([before, after]))
+    """What a change does to the weights that move most, in a line; both int64 [T]."""
+    weights = from_units(np.stack([before, after]))
     order = np.argsort(-np.abs(after - before), kind="stable")
     moved = order[: int(np.count_nonzero(after != before))]
     parts = [
-        f"{'raised' if shares[1, t] > shares[0, t] else 'lowered'} {printable(tasks[t], 20)} "
-        f"{shares[0, t]:.3g} -> {shares[1, t]:.3g}"
+        f"{'raised' if weights[1, t] > weights[0, t] else 'lowered'} {printable(tasks[t], 20)} "
+        f"{weights[0, t]:.3g} -> {weights[1, t]:.3g}"
         for t in moved[:NAMED]
     ]
     return joined(parts, len(moved))

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from .arrays import IntArray
-from .control import Control
-from .stream import Stream
+from .decisions import Decisions
+from .loading.stream import Stream
 
 
 class Delivery(Protocol):
@@ -42,9 +42,9 @@ class Following:
     to decide about.
     """
 
-    def __init__(self, stream: Stream, control: Control, task_ids: Callable[[int], IntArray]) -> None:
+    def __init__(self, stream: Stream, decisions: Decisions, task_ids: Callable[[int], IntArray]) -> None:
         self.tracker: Any = None
-        self._stream, self._control, self._task_ids = stream, control, task_ids
+        self._stream, self._decisions, self._task_ids = stream, decisions, task_ids
         self._queue: deque[_Closed | dict[str, float]] = deque()
 
     def counted(self, examples: IntArray | None) -> None:
@@ -66,10 +66,10 @@ class Following:
             inside = inside and stream.consumed < stream.drawn
             batch = stream.consumed - 1 + inside
             fresh = batch >= stream.most if inside else stream.fresh
-            if self._control.adaptive and fresh:
+            if self._decisions.policy.adaptive and fresh:
                 self._queue.append(_Closed(delivery, batch, stream.drawn, lr))
                 self.hand_over()
-            self._control.settle(stream, self.hand_over)
+            self._decisions.settle(stream, self.hand_over)
 
     def observe(self, losses: dict[str, float]) -> None:
         """Evaluation losses, for the reports that come after them."""
@@ -80,17 +80,17 @@ class Following:
     def hand_over(self, batch: int = -1) -> None:
         """Hand over what has arrived, and wait for the reports on batches up to ``batch``. Where ranks have to agree,
         only those, since what has arrived is not the same on all."""
-        alone = self._control.agreement is None
+        alone = self._decisions.agreement is None
         while self._queue:
             head = self._queue[0]
             if isinstance(head, _Closed):
                 if head.batch > batch and not (alone and head.delivery.arrived):
                     return
                 self._queue.popleft()
-                self._control.decide(head.delivery.report, head.batch, head.lr(), self._stream, head.drawn)
+                self._decisions.decide(head.delivery.report, head.batch, head.lr(), self._stream, head.drawn)
             else:
                 self._queue.popleft()
-                self._control.observe(head)
+                self._decisions.observe(head)
 
     def flush(self) -> None:
         """Wait for all reports of closed steps."""

@@ -10,13 +10,11 @@ The index engine adds the two that need the stream itself, probe_every and, stro
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from .arrays import BoolArray, FloatArray, ReadOnlyArrays, frozen_floats, to_numpy
+from .arrays import BoolArray, FloatArray, ReadOnlyArrays
 
 _TINY = 1e-12
 
@@ -70,14 +68,14 @@ class Guards(ReadOnlyArrays):
                     f"budget={self.budget:g} allows: {remedy} {name}, or pass budget={_rounded_up(needed):g} or more"
                 )
 
-    def apply(self, shares: FloatArray, previous: FloatArray | None) -> tuple[FloatArray, tuple[str, ...]]:
+    def apply(self, wanted: FloatArray, previous: FloatArray | None) -> tuple[FloatArray, tuple[str, ...]]:
         """Weights [T] summing to 1, and the names of the guards that changed something.
 
-        ``shares``: what the policy asked for, checked by ``check_shares``; ``previous``: the weights before this
+        ``wanted``: what the policy asked for, checked by ``check_weights``; ``previous``: the weights before this
         change, or None for the first.
         """
         bound: list[str] = []
-        weights = self._mix(shares, bound)
+        weights = self._mix(wanted, bound)
         if self.max_change is not None and previous is not None:
             # A task below its natural share may return to it at once; a weight of 0 could never rise otherwise.
             high = self.max_change * np.maximum(previous, self.natural / self.max_change)
@@ -94,27 +92,27 @@ class Guards(ReadOnlyArrays):
         weights = np.maximum(weights, 0.0)
         return weights / weights.sum(), tuple(dict.fromkeys(bound))
 
-    def _mix(self, shares: FloatArray, bound: list[str]) -> FloatArray:
-        total = min(float(shares.sum()), 1.0)
+    def _mix(self, wanted: FloatArray, bound: list[str]) -> FloatArray:
+        total = min(float(wanted.sum()), 1.0)
         if self.pinned.any():
-            free = np.where(self.pinned, 0.0, shares)
-            if (shares[self.pinned] > 0).any():
+            free = np.where(self.pinned, 0.0, wanted)
+            if (wanted[self.pinned] > 0).any():
                 bound.append("pinned")
             if free.sum() > 0:
-                shares = free * (total / free.sum())
+                wanted = free * (total / free.sum())
             else:
-                shares, total = free, 0.0
+                wanted, total = free, 0.0
         if self.budget is not None:
-            asked = shares + (1.0 - total) * self.natural
-            if 0.5 * float(np.abs(asked - self.natural).sum()) > self.budget + _TINY:
+            mix = wanted + (1.0 - total) * self.natural
+            if 0.5 * float(np.abs(mix - self.natural).sum()) > self.budget + _TINY:
                 bound.append("budget")
-            return (1.0 - self.budget * total) * self.natural + self.budget * shares
+            return (1.0 - self.budget * total) * self.natural + self.budget * wanted
         if not self.pinned.any():
-            return shares + (1.0 - total) * self.natural
+            return wanted + (1.0 - total) * self.natural
         kept = np.where(self.pinned, self.natural, 0.0)
         others = self.natural - kept
         open_share = float(others.sum())
-        return kept + open_share * shares + (1.0 - total) * others
+        return kept + open_share * wanted + (1.0 - total) * others
 
     def _clip(self, weights: FloatArray, low: FloatArray, high: FloatArray, name: str, bound: list[str]) -> FloatArray:
         held_low = np.where(self.pinned, np.clip(weights, low, high), low)
@@ -155,27 +153,3 @@ def fit(weights: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
     part = 0.0 if span <= 0 else (1.0 - below.sum()) / span
     out: FloatArray = below + min(max(part, 0.0), 1.0) * (above - below)
     return out
-
-
-def check_shares(shares: Any, tasks: Sequence[str], policy: str) -> FloatArray:
-    """What a policy returned, as read-only float64 [T]; raises ValueError where it is no (partial) distribution, and
-    TypeError where it does not consist of numbers."""
-    try:
-        given = to_numpy(shares)
-    except ValueError:  # a ragged list
-        given = np.array(None)
-    if given.dtype.kind not in "fiu":
-        raise TypeError(f"{policy} returned {shares!r}; it must return one probability per task ({len(tasks)})")
-    values = given.astype(np.float64)
-    if values.shape != (len(tasks),):
-        raise ValueError(f"{policy} returned weights of shape {values.shape}, need ({len(tasks)},): one per task")
-    if not np.isfinite(values).all() or (values < 0).any():
-        bad = {task: float(v) for task, v in zip(tasks, values, strict=True) if not v >= 0 or v == np.inf}
-        raise ValueError(f"{policy} returned weights that are negative or not finite: {bad}")
-    total = float(values.sum())
-    if total > 1 + 1e-6:
-        raise ValueError(
-            f"{policy} returned weights summing to {total:.6g}; they must sum to 1, or to less where the remainder "
-            "is to stay with the natural mix"
-        )
-    return frozen_floats(values / max(total, 1.0))

@@ -22,8 +22,8 @@ import numpy as np
 
 from . import ledger_page
 from .arrays import FloatArray, IntArray, frozen_ints
+from .engine.quota import ONE
 from .ledger_page import Before, Entry, Page
-from .quota import ONE
 
 WHYS = 16
 """Full pages that keep their whys, the newest ones; with the page under way that is 16,384 entries or more."""
@@ -170,7 +170,7 @@ class Ledger:
             "era": self.era,
             "past": [dict(earlier) for earlier in self.past],
             "entries": len(self),
-            "pages": [[base64.b64encode(s).decode() for s in (p.rows, p.notes, p.whys)] for p in pages],
+            "pages": [[base64.b64encode(s).decode() for s in (p.mixes, p.notes, p.whys)] for p in pages],
             "digest": self.digest(),
         }
         return {**fields, "checksum": _checksum(fields, self.past)}
@@ -204,15 +204,15 @@ class Ledger:
         if _checksum(data, past) != data["checksum"]:
             raise ValueError("the ledger does not match its checksum: the saved state was changed or cut")
         full = count // ledger_page.SIZE
-        for number, (rows, notes, whys) in enumerate(streams):
+        for number, (mixes, notes, whys) in enumerate(streams):
             entries = min(count - number * ledger_page.SIZE, ledger_page.SIZE)
             try:
-                page = ledger_page.read(rows, notes, whys, entries, ledger._before(), kept=number >= full - WHYS)
+                page = ledger_page.read(mixes, notes, whys, entries, ledger._before(), kept=number >= full - WHYS)
             except ValueError as error:
                 raise ValueError(f"pages[{number}].{error}") from None
             last = ledger._last_batch()
             if page.first != ledger.start if last is None else page.first <= last:
-                raise ValueError(f"pages[{number}].rows: it begins at batch {page.first}, after {last}")
+                raise ValueError(f"pages[{number}].mixes: it begins at batch {page.first}, after {last}")
             if entries == ledger_page.SIZE:
                 ledger._add(page)
             else:
@@ -312,12 +312,12 @@ def _streams(name: str, page: Any) -> tuple[bytes, bytes, bytes]:
     """The three streams of a page in base64."""
     fields = [_text(name, field) for field in _listed(name, page)]
     if len(fields) != 3:
-        raise ValueError(f"{name} must hold rows, notes and whys, got {len(fields)} texts")
+        raise ValueError(f"{name} must hold mixes, notes and whys, got {len(fields)} texts")
     try:
-        rows, notes, whys = (base64.b64decode(field, validate=True) for field in fields)
+        mixes, notes, whys = (base64.b64decode(field, validate=True) for field in fields)
     except ValueError as error:
         raise ValueError(f"{name} is not base64: {error}") from None
-    return rows, notes, whys
+    return mixes, notes, whys
 
 
 def _shown(value: Any) -> str:

@@ -1,6 +1,6 @@
 """A page of the ledger: ``SIZE`` entries packed once, about 10 bytes each, and read back as arrays.
 
-Three zlib streams. ``rows``: from which batch on, and the weights, as what changed against the entry before: one bit
+Three zlib streams. ``mixes``: from which batch on, and the weights, as what changed against the entry before: one bit
 for every weight, then the differences of those that moved, all task by task, their bytes sorted by significance. The
 largest task's weight follows from the sum. ``notes``: causes and guards, as JSON; of a cause only its wording is kept
 as text, its numbers are counted from the entry's batch, which makes them alike. ``whys``: JSON.
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .arrays import IntArray, frozen_ints
-from .quota import ONE
+from .engine.quota import ONE
 
 SIZE = 1024
 """Entries in a page; only a ledger's last page has fewer."""
@@ -31,7 +31,7 @@ LONGEST = 200
 """Characters of a cause, of a why, and of the names of an entry's guards together."""
 LATEST = 1 << 62
 """Batches are counted below this."""
-_ROWS_LEVEL = 4  # their bytes are zeros or noise, and with many tasks a higher level takes seconds
+_MIXES_LEVEL = 4  # their bytes are zeros or noise, and with many tasks a higher level takes seconds
 _TEXT_LEVEL = 9
 _NUMBER = re.compile(r"(?<![0-9])(?:0|[1-9][0-9]{0,14})(?![0-9])")
 _GAP = "\0"  # where a number was; no entry's text holds it
@@ -63,20 +63,20 @@ class Before:
 @dataclass(frozen=True)
 class Page:
     """A packed page. ``first``: the batch of its first entry; ``before`` and ``after``: what the
-    page's first entry and the next page's are told apart from; ``digest`` is that of its rows."""
+    page's first entry and the next page's are told apart from; ``digest`` is that of its mixes."""
 
     count: int
     first: int
     before: Before
     after: Before
     digest: bytes
-    rows: bytes
+    mixes: bytes
     notes: bytes
     whys: bytes
 
     def arrays(self) -> tuple[IntArray, IntArray]:
         """Batches int64 [n] and weights int64 [n, T], read-only."""
-        return unpack_rows(self.rows, self.count, self.before)
+        return unpack_mixes(self.mixes, self.count, self.before)
 
     def entries(self) -> list[Entry]:
         """The entries, in order."""
@@ -90,18 +90,18 @@ def packed(entries: Sequence[Entry], before: Before) -> Page:
     """The page of ``entries``, at least one."""
     starts = np.array([entry.effective_at for entry in entries], dtype=np.int64)
     weights = np.stack([entry.weights for entry in entries])
-    rows = _pack_rows(starts, weights, before)
-    return _page(starts, weights, before, (rows, _pack_notes(entries), _pack_json([entry.why for entry in entries])))
+    mixes = _pack_mixes(starts, weights, before)
+    return _page(starts, weights, before, (mixes, _pack_notes(entries), _pack_json([entry.why for entry in entries])))
 
 
-def read(rows: bytes, notes: bytes, whys: bytes, count: int, before: Before, kept: bool) -> Page:
+def read(mixes: bytes, notes: bytes, whys: bytes, count: int, before: Before, kept: bool) -> Page:
     """The page whose streams were saved, decoded once to see that it can be; whys only where they are ``kept``."""
-    starts, weights = unpack_rows(rows, count, before)
+    starts, weights = unpack_mixes(mixes, count, before)
     unpack_notes(notes, starts)
     if kept != bool(whys):
         raise ValueError("whys: the newest pages have them, the others do not")
     unpack_whys(whys, count)
-    return _page(starts, weights, before, (rows, notes, whys))
+    return _page(starts, weights, before, (mixes, notes, whys))
 
 
 def _page(starts: IntArray, weights: IntArray, before: Before, streams: tuple[bytes, bytes, bytes]) -> Page:
@@ -110,31 +110,31 @@ def _page(starts: IntArray, weights: IntArray, before: Before, streams: tuple[by
 
 
 def digest(starts: IntArray, weights: IntArray) -> bytes:
-    """SHA-256 of batches int64 [n] and weights int64 [n, T], row by row."""
+    """SHA-256 of batches int64 [n] and weights int64 [n, T], one mix after the other."""
     return hashlib.sha256(np.column_stack([starts, weights]).astype("<i8").tobytes()).digest()
 
 
-def _pack_rows(starts: IntArray, weights: IntArray, before: Before) -> bytes:
+def _pack_mixes(starts: IntArray, weights: IntArray, before: Before) -> bytes:
     batches = np.diff(starts, prepend=before.batch)
     changes = np.delete(np.diff(weights, axis=0, prepend=before.weights[None]), _implied(before), axis=1).T
     moved = changes != 0
     differences = changes[moved]
     folded = (differences << 1) ^ (differences >> 63)  # small, whatever the sign
-    return zlib.compress(_planes(batches) + np.packbits(moved).tobytes() + _planes(folded), _ROWS_LEVEL)
+    return zlib.compress(_planes(batches) + np.packbits(moved).tobytes() + _planes(folded), _MIXES_LEVEL)
 
 
-def unpack_rows(stream: bytes, count: int, before: Before) -> tuple[IntArray, IntArray]:
-    """Batches int64 [n], ascending, and weights int64 [n, T], each row summing to 2**40; both read-only."""
+def unpack_mixes(stream: bytes, count: int, before: Before) -> tuple[IntArray, IntArray]:
+    """Batches int64 [n], ascending, and weights int64 [n, T], each mix summing to 2**40; both read-only."""
     tasks = len(before.weights)
     cells = count * (tasks - 1)
     bits = -(-cells // 8)
-    raw = _inflate("rows", stream, 8 * count + bits + 8 * cells)
+    raw = _inflate("mixes", stream, 8 * count + bits + 8 * cells)
     head, mask, tail = raw[: 8 * count], raw[8 * count : 8 * count + bits], raw[8 * count + bits :]
     if len(head) != 8 * count or len(mask) != bits:
-        raise ValueError(f"rows: the stream is too short for {count} entries of {tasks} tasks")
+        raise ValueError(f"mixes: the stream is too short for {count} entries of {tasks} tasks")
     moved = np.unpackbits(np.frombuffer(mask, np.uint8), count=cells).astype(bool)
     if len(tail) != 8 * int(moved.sum()):
-        raise ValueError(f"rows: the stream holds {len(tail)} bytes of changes, {8 * int(moved.sum())} were announced")
+        raise ValueError(f"mixes: the stream holds {len(tail)} bytes of changes, {8 * int(moved.sum())} were announced")
     folded = _from_planes(tail)
     changes = np.zeros(cells, dtype=np.int64)
     changes[moved] = (folded.view(np.uint64) >> np.uint64(1)).view(np.int64) ^ -(folded & 1)
@@ -144,14 +144,14 @@ def unpack_rows(stream: bytes, count: int, before: Before) -> tuple[IntArray, In
     starts = before.batch + np.cumsum(gaps)
     # No sum wraps around unseen: a step within these bounds, from a value within them, stays below 2**63.
     if (changes < -ONE).any() or (changes > ONE).any() or (others < 0).any() or (others > ONE).any():
-        raise ValueError("rows: a weight is negative or above 2**40")
+        raise ValueError("mixes: a weight is negative or above 2**40")
     if (gaps < 0).any() or (gaps >= LATEST).any() or (starts < 0).any() or (starts >= LATEST).any():
-        raise ValueError("rows: a batch is negative or beyond 2**62")
+        raise ValueError("mixes: a batch is negative or beyond 2**62")
     if (gaps[1:] == 0).any():
-        raise ValueError("rows: the entries' batches do not ascend")
+        raise ValueError("mixes: the entries' batches do not ascend")
     rest = ONE - others.sum(axis=0)
     if (rest < 0).any():
-        raise ValueError("rows: an entry's weights sum to more than 2**40")
+        raise ValueError("mixes: an entry's weights sum to more than 2**40")
     weights = np.ascontiguousarray(np.insert(others, implied, rest, axis=0).T)
     starts.setflags(write=False)
     weights.setflags(write=False)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from .adapted import AdaptedPolicy
 from .arrays import BoolArray, FloatArray, IntArray, ReadOnlyArrays, frozen_flags, frozen_floats, frozen_ints
+from .data.shares import TaskShares
+from .data.task_index import TaskIndex
+from .engine.index_numpy import ALGORITHM, MAX_BATCHES
 from .guards import Guards
-from .index_numpy import ALGORITHM, MAX_BATCHES
 from .inputs import count_of, known, per_task
-from .shares import TaskShares
-from .task_index import TaskIndex
+from .options import GUARDS, Options
 
 DELAY = 64
 """Batches between a report and its effect where neither the user nor a short run says otherwise: more than loaders
@@ -23,11 +25,14 @@ usually draw ahead."""
 @dataclass(frozen=True)
 class Settings(ReadOnlyArrays):
     """Arrays are [T], read-only: ``sizes`` and ``max_draws`` int64, ``natural`` and ``importance`` float64,
-    ``critical`` bool. ``fresh``: no size is known, every example is a new one; then ``sizes`` holds ones."""
+    ``critical`` bool. ``sharded``: whether the user said how many replicas there are; ``fresh``: no size is known,
+    every example is a new one; then ``sizes`` holds ones."""
 
     seed: int
     global_batch_size: int
     num_replicas: int
+    rank: int
+    sharded: bool
     length: int
     update_every: int
     delay: int
@@ -45,95 +50,55 @@ class Settings(ReadOnlyArrays):
     max_draws: IntArray | None
 
     @classmethod
-    def build(
-        cls,
-        index: TaskIndex | TaskShares,
-        policy: Any,
-        *,
-        seed: int,
-        batch_size: int,
-        num_replicas: int,
-        num_batches: int | None,
-        update_every: int,
-        delay: int | None,
-        horizon: int | None,
-        resume: str,
-        importance: Any,
-        critical: str | Collection[str],
-        budget: float | None,
-        probe_every: int | None,
-        min_weight: Any,
-        max_weight: Any,
-        max_change: float | None,
-        max_epochs: float | None,
-        pinned: str | Collection[str],
-    ) -> Settings:
-        """Check the arguments of a sampler; guards not given are the policy's ``guard_defaults``, else off."""
-        if resume not in ("seek", "replay"):
-            raise ValueError(f"resume must be 'seek' or 'replay', got {resume!r}")
-        tasks = index.tasks
-        given = {
-            "budget": budget,
-            "probe_every": probe_every,
-            "min_weight": min_weight,
-            "max_weight": max_weight,
-            "max_change": max_change,
-            "max_epochs": max_epochs,
-        }
-        defaults: Mapping[str, float] = getattr(policy, "guard_defaults", {})
-        unknown = sorted(set(defaults) - set(given))
-        if unknown:
-            raise ValueError(f"{type(policy).__name__}.guard_defaults names {unknown}; guards are {sorted(given)}")
-        wanted: dict[str, Any] = {name: defaults.get(name) if v is None else v for name, v in given.items()}
-
-        fresh = isinstance(index, TaskShares)
+    def build(cls, index: TaskIndex | TaskShares, policy: AdaptedPolicy, options: Options) -> Settings:
+        """Check ``options``, but for those that the data are told by; guards not given are the policy's
+        ``guard_defaults``, else off. Raises TypeError or ValueError."""
+        replicas, rank = _part(options.num_replicas, options.rank)
+        if options.resume not in ("seek", "replay"):
+            raise ValueError(f"resume must be 'seek' or 'replay', got {options.resume!r}")
+        options = _with_defaults(options, policy)
+        tasks, fresh = index.tasks, isinstance(index, TaskShares)
         sizes = np.ones(len(tasks), dtype=np.int64) if isinstance(index, TaskShares) else index.sizes
         natural = index.natural if isinstance(index, TaskShares) else frozen_floats(sizes / int(sizes.sum()))
-        batch_size = count_of("batch_size", batch_size, 1) * num_replicas
-        if fresh and num_batches is None:
-            raise ValueError("with shares an epoch has no length of its own: pass num_batches=, batches in an epoch")
-        if fresh and wanted["max_epochs"] is not None:
-            raise ValueError(
-                "max_epochs counts passes over a task's examples, whose number is not known with shares: leave it out"
-            )
-        length = -(-int(sizes.sum()) // batch_size) if num_batches is None else _batches("num_batches", num_batches, 1)
-        horizon = None if horizon is None else count_of("horizon", horizon, 1)
-        if delay is None:
-            delay = DELAY if horizon is None else min(DELAY, max(8, horizon // 16))
-        weights_of_tasks = per_task("importance", importance, tasks, 1.0)
-        if not (weights_of_tasks > 0).all():
-            raise ValueError(
-                f"importance must be positive, got {weights_of_tasks.tolist()}: 1 is an ordinary task; for one that no "
-                "policy may raise there is pinned"
-            )
-        if wanted["probe_every"] is not None:
-            _check_probes(count_of("probe_every", wanted["probe_every"], 1), batch_size, len(tasks))
+        batch_size = count_of("batch_size", options.batch_size, 1) * replicas
+        length = _length(options, sizes, batch_size, fresh)
+        horizon = None if options.horizon is None else count_of("horizon", options.horizon, 1)
+        importance = _importance(options.importance, tasks)
+        probe_every = _probe_every(options.probe_every, batch_size, len(tasks))
+        seed = count_of("seed", options.seed, 0)
+        update_every = _batches("update_every", options.update_every, 1)
+        delay = _delay(options.delay, horizon)
+        critical = _marked("critical", options.critical, tasks)
+        guards = Guards(
+            natural,
+            _number("budget", options.budget),
+            frozen_floats(per_task("min_weight", options.min_weight, tasks, 0.0)),
+            frozen_floats(per_task("max_weight", options.max_weight, tasks, 1.0)),
+            _number("max_change", options.max_change),
+            _marked("pinned", options.pinned, tasks),
+        )
+        max_epochs = _number("max_epochs", options.max_epochs)
         return cls(
-            seed=count_of("seed", seed, 0),
+            seed=seed,
             global_batch_size=batch_size,
-            num_replicas=num_replicas,
+            num_replicas=replicas,
+            rank=rank,
+            sharded=options.num_replicas is not None,
             length=length,
-            update_every=_batches("update_every", update_every, 1),
-            delay=_batches("delay", delay, 0),
+            update_every=update_every,
+            delay=delay,
             horizon=horizon,
-            resume=resume,
+            resume=options.resume,
             sizes=frozen_ints(sizes),
             data=index.digest,
             fresh=fresh,
             natural=natural,
-            importance=frozen_floats(weights_of_tasks),
-            critical=_marked("critical", critical, tasks),
-            guards=Guards(
-                natural,
-                _number("budget", wanted["budget"]),
-                frozen_floats(per_task("min_weight", wanted["min_weight"], tasks, 0.0)),
-                frozen_floats(per_task("max_weight", wanted["max_weight"], tasks, 1.0)),
-                _number("max_change", wanted["max_change"]),
-                _marked("pinned", pinned, tasks),
-            ),
-            probe_every=(None if wanted["probe_every"] is None else count_of("probe_every", wanted["probe_every"], 1)),
-            max_epochs=_number("max_epochs", wanted["max_epochs"]),
-            max_draws=_max_draws(_number("max_epochs", wanted["max_epochs"]), sizes, length, batch_size),
+            importance=importance,
+            critical=critical,
+            guards=guards,
+            probe_every=probe_every,
+            max_epochs=max_epochs,
+            max_draws=_max_draws(max_epochs, sizes, length, batch_size),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,14 +120,69 @@ class Settings(ReadOnlyArrays):
         }
 
 
-def _check_probes(probe_every: int, batch_size: int, tasks: int) -> None:
+def _part(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
+    """Ranks that the global batch is spread over, and which of them this one is."""
+    if num_replicas is None and rank is None:
+        return 1, 0
+    if num_replicas is None or rank is None:
+        raise TypeError("pass num_replicas and rank together, as to a DistributedSampler, or neither")
+    replicas, own = count_of("num_replicas", num_replicas, 1), count_of("rank", rank, 0)
+    if own >= replicas:
+        raise ValueError(f"rank must be below num_replicas, {replicas}, got {own}")
+    return replicas, own
+
+
+def _with_defaults(options: Options, policy: AdaptedPolicy) -> Options:
+    """``options`` with the policy's guards where the user gave none."""
+    defaults = policy.guard_defaults
+    unknown = sorted(set(defaults) - set(GUARDS))
+    if unknown:
+        raise ValueError(f"{policy.kind}.guard_defaults names {unknown}; guards are {sorted(GUARDS)}")
+    missing: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(options, name) is None}
+    return replace(options, **missing)
+
+
+def _length(options: Options, sizes: IntArray, batch_size: int, fresh: bool) -> int:
+    """Batches in an epoch."""
+    if fresh and options.num_batches is None:
+        raise ValueError("with shares an epoch has no length of its own: pass num_batches=, batches in an epoch")
+    if fresh and options.max_epochs is not None:
+        raise ValueError(
+            "max_epochs counts passes over a task's examples, whose number is not known with shares: leave it out"
+        )
+    if options.num_batches is None:
+        return -(-int(sizes.sum()) // batch_size)
+    return _batches("num_batches", options.num_batches, 1)
+
+
+def _delay(delay: int | None, horizon: int | None) -> int:
+    if delay is not None:
+        return _batches("delay", delay, 0)
+    return DELAY if horizon is None else min(DELAY, max(8, horizon // 16))
+
+
+def _importance(given: Any, tasks: Sequence[str]) -> FloatArray:
+    importance = frozen_floats(per_task("importance", given, tasks, 1.0))
+    if not (importance > 0).all():
+        raise ValueError(
+            f"importance must be positive, got {importance.tolist()}: 1 is an ordinary task; for one that no policy "
+            "may raise there is pinned"
+        )
+    return importance
+
+
+def _probe_every(given: int | None, batch_size: int, tasks: int) -> int | None:
     """Probes may take half of the batches at most: beyond that the mix is theirs rather than the policy's."""
+    if given is None:
+        return None
+    probe_every = count_of("probe_every", given, 1)
     if 2 * tasks > probe_every * batch_size:
         least = -(-2 * tasks // batch_size)
         raise ValueError(
             f"probe_every={probe_every} is too small: one example of each of {tasks} tasks would take more than half "
             f"of {probe_every} batches of {batch_size}; pass probe_every={least} or more, or larger batches"
         )
+    return probe_every
 
 
 def _batches(name: str, value: Any, least: int) -> int:

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskgrad.sampling import Ledger, policies
-from taskgrad.sampling.guards import check_shares
+from taskgrad.sampling.adapted import check_weights
+from taskgrad.sampling.engine.quota import to_units
 from taskgrad.sampling.policies import PolicyState
-from taskgrad.sampling.quota import to_units
 from tests.sampling.policies.helpers import state
 
 TASKS, SIZES = ("a", "b", "c", "d"), (70, 20, 6, 4)
@@ -102,12 +102,12 @@ def test_any_sequence_of_reports(name: str, policy: Any, data: st.DataObject) ->
     with_losses = name in NEEDS_LOSSES or data.draw(st.booleans())
     sequence = data.draw(st.lists(reports(with_losses), min_size=1, max_size=20))
     memory: dict[str, Any] = {}
-    before = check_shares(policy.initial(surrounded(-1, memory, {})), TASKS, name)
+    before = check_weights(policy.initial(surrounded(-1, memory, {})), TASKS, name)
     assert np.isfinite(before).all()
     for step, (report, changed) in enumerate(sequence):
         saved = json.loads(json.dumps(memory, allow_nan=False))
         asked = policy.weights(report, surrounded(step, memory, changed))
-        shares = check_shares(asked, TASKS, name)
+        shares = check_weights(asked, TASKS, name)
         assert 0 <= shares.sum() <= 1 + 1e-9
         again = policy.weights(copy.deepcopy(report), surrounded(step, saved, changed))
         assert again.tolist() == asked.tolist() and saved == memory
@@ -119,7 +119,7 @@ def test_numbers_too_large_to_be_squared(name: str, policy: Any) -> None:
     rng = np.random.default_rng(0)
     extreme = [1e99, 1e101, 1e160, 1e300, np.inf, np.nan, 1.0, 1e-300, 0.0]
     memory: dict[str, Any] = {}
-    check_shares(policy.initial(surrounded(-1, memory, {})), TASKS, name)
+    check_weights(policy.initial(surrounded(-1, memory, {})), TASKS, name)
     count = len(TASKS)
     for step in range(250):
         columns: dict[str, Any] = {field: torch.tensor(rng.choice(extreme, count)) for field in VECTORS}
@@ -133,5 +133,5 @@ def test_numbers_too_large_to_be_squared(name: str, policy: Any) -> None:
         )  # fmt: skip
         changed = {"lr": 0.1, "weights": rng.dirichlet(np.ones(count)), "eval_losses": dict.fromkeys(TASKS, 1e300)}
         asked = policy.weights(report, surrounded(step, memory, {**changed, "evaluations": step // 50}))
-        assert 0 <= check_shares(asked, TASKS, name).sum() <= 1 + 1e-9
+        assert 0 <= check_weights(asked, TASKS, name).sum() <= 1 + 1e-9
         json.dumps(memory, allow_nan=False)

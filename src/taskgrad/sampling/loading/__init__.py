@@ -1,0 +1,1 @@
+"""Where a run is in its stream of batches, and what is handed to the loaders that draw them."""
