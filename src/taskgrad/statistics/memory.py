@@ -24,13 +24,15 @@ COLUMNS = 1 << 14  # worked on at a time, so that what is between two passes sta
 
 @dataclass
 class Reading:
-    """What one step's gradients say against the memory; float64, NaN where undefined."""
+    """What one step's gradients say against the memory, by the names of a report's rows; float64, NaN where
+    undefined."""
 
     norm: Tensor  # ‖ḡ_t‖ [T]
     signal: Tensor  # ⟨m_t, ḡ_t⟩ [T]
     memory_dot: Tensor  # ⟨m_t, g_s⟩ [T, T + 1], the last column is rest
     own_effect: Tensor  # [T]
     others_effect: Tensor  # [T]
+    update_effect: Tensor  # [T], of both
     curvature: Tensor  # ½⟨ḡ_t(k) − m_t, θ_k − θ_j⟩ [T]
 
 
@@ -129,6 +131,7 @@ class TaskMemory:
             memory_dot=torch.where(had[:, None], dots, nan),
             own_effect=torch.where(both, own, nan),
             others_effect=torch.where(both, others, nan),
+            update_effect=torch.where(both, own + others, nan),
             curvature=torch.where(both, bend, nan),
         )
 

@@ -16,7 +16,7 @@ from ..checks.row_check import RowCheck
 from ..checks.sums import differing, tolerances, unlike
 from ..ops.sum_gram import sum_gram
 from ..parameters.probes import UNSEEN, Probes
-from ..report import StepReport
+from ..report import StepReport, gather, invalid_report
 from ..statistics.cosine import cosines
 from ..statistics.memory import Reading, TaskMemory
 from ..statistics.single_use import REASON as REUSED
@@ -24,7 +24,7 @@ from ..statistics.single_use import SECOND_BATCH, read_uses
 from ..statistics.windows import Overwriting
 from .batches import Batch, Batches
 from .collected import Collected, Counts, counts_of, wrong_ids
-from .delivery import Delivery, Mailbox, invalid_report
+from .delivery import Delivery, Mailbox
 from .distributed import all_reduce_flat
 from .silence import Silence
 from .step_probe import StepProbe
@@ -373,28 +373,17 @@ class Steps:
         cosine, others_cosine = cosines(step.gram)
         predicted = self.memory.write(step.gradient, share, seen, before, self.theta, self.count, step.left_out)
         self.overwriting.add(reading.memory_dot, reading.own_effect, reading.others_effect, others_cosine, step.valid)
-        values = {
-            "valid": step.valid,
-            "flags": step.flags,
-            "examples": counts.examples[:-1],
-            "tokens": weight,
-            "loss": (counts.loss / counts.mass)[:-1],
-            "given": counts.given,
-            "gram": step.gram[:tasks, :tasks],
-            "cosine": cosine,
-            "others_cosine": others_cosine,
-            "norm": reading.norm,
-            "signal": reading.signal,
-            "memory_dot": reading.memory_dot,
-            "own_effect": reading.own_effect,
-            "others_effect": reading.others_effect,
-            "update_effect": reading.own_effect + reading.others_effect,
-            "curvature": reading.curvature,
-            "predicted_effect": predicted,
-            "steps_since_seen": self._since_seen(),
-            "block": step.gradient[:tasks],
-            **self.overwriting.read(),
-        }
+        rows = gather(
+            {
+                "counts": counts.by_task,
+                "gram": {"gram": step.gram[:tasks, :tasks], "cosine": cosine, "others_cosine": others_cosine},
+                "reading": vars(reading),
+                "windows": self.overwriting.read(),
+                "memory": {"predicted_effect": predicted, "steps_since_seen": self._since_seen()},
+            }
+        )
+        block = step.gradient[:tasks]
+        values = {**rows, "valid": step.valid, "flags": step.flags, "losses": counts.given, "block": block}
         if step.wrong is not None:
             values["wrong"] = step.wrong
         # an exact Gram has no sketching error
@@ -424,7 +413,8 @@ class Steps:
 
     def nothing(self, reason: str) -> StepReport:
         """The report of no step."""
-        return invalid_report(self.tasks, self.count, self._since_seen().cpu(), reason)
+        found = {"steps_since_seen": self._since_seen().cpu()}
+        return invalid_report(self.tasks, self.count, reason, found)
 
 
 _AT = {name: index for index, name in enumerate(REASONS)}
