@@ -20,10 +20,9 @@ from .base import (
     register_capture,
     rows_of,
     shape_text,
-    tap_grad_of,
-    wants_gram,
 )
 from .sketch import scaled
+from .tap import tap_grad_of, wants_gram
 from .task_rows import Rows
 
 

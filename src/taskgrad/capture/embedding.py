@@ -17,11 +17,10 @@ from .base import (
     refuse_double_backward,
     register_capture,
     shape_text,
-    tap_grad,
-    wants_gram,
 )
 from .shared_row import SharedRow, shared_row
 from .sketch import scaled
+from .tap import tap_grad, wants_gram
 from .task_rows import Rows
 
 

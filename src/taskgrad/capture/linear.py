@@ -19,11 +19,9 @@ from .base import (
     refuse_double_backward,
     register_capture,
     rows_of,
-    tap_grad,
-    tap_grad_of,
-    wants_gram,
 )
 from .sketch import scaled
+from .tap import tap_grad, tap_grad_of, wants_gram
 from .task_rows import Rows
 
 

@@ -25,9 +25,8 @@ from .base import (
     refuse_double_backward,
     register_capture,
     rows_of,
-    tap_grad_of,
-    wants_gram,
 )
+from .tap import tap_grad_of, wants_gram
 from .task_rows import Rows
 
 

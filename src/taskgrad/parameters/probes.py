@@ -282,7 +282,7 @@ class Probes:
         out = torch.zeros(self.num_tasks + 1, self.width, dtype=dtype, device=self.device)
         for name, tap in taps.items():
             probe = self.probes[name]
-            out[:, probe.columns] = tap[:, : probe.sketch.dim]
+            out[:, probe.columns] = probe.layout.sketches(tap)
         return out
 
     @property
