@@ -24,7 +24,7 @@ class Counts:
     given: Tensor  # bool: every batch entered its losses
 
     @property
-    def share(self) -> Tensor:
+    def to_mean(self) -> Tensor:
         """What makes g_t the mean gradient of the task's loss as it was before any factor [T]; 0 for absent tasks."""
         return torch.where(self.mass > 0, self.mass.sum() / self.entered, 0.0)[:-1]
 
