@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from taskgrad.capture.sketch import sketch_map
-from taskgrad.capture.tap import TapLayout, tap_dtype, tap_grad, tap_grad_of, wants_gram
+from taskgrad.capture.tap import TapLayout, tap_dtype, tap_grad, tap_grad_of
 
 
 @pytest.mark.parametrize("gram", [False, True])
@@ -17,7 +17,6 @@ def test_what_is_put_into_a_tap_is_read_off_it(gram: bool, shape: tuple[int, ...
     sketch = sketch_map(shape, budget, 0, "p")
     layout = TapLayout(tasks, sketch.dim, gram)
     tap = layout.leaf(tap_dtype(param), param.device)
-    assert wants_gram(tap, param, sketch.left, sketch.right) == gram
     values = torch.randn(tasks + 1, *shape)
     stats = tap_grad_of(values, gram, sketch.left, sketch.right)
     assert stats.shape == tap.shape
@@ -32,7 +31,6 @@ def test_what_is_put_into_a_tap_is_read_off_it(gram: bool, shape: tuple[int, ...
 def test_without_a_gram_the_sketches_are_all_there_is() -> None:
     sketches = torch.randn(4, 7)
     assert tap_grad(sketches, None) is sketches
-    assert not wants_gram(None, torch.zeros(7), None, None)
 
 
 def test_the_dtype_that_statistics_are_added_up_in() -> None:

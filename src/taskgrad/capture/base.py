@@ -24,7 +24,7 @@ from ..ops import sketch_params
 from .accumulation import Accumulation, Held
 from .route import class_forward
 from .sketch import SketchMap, scaled
-from .tap import TapLayout, tap_dtype, tap_grad_of, wants_gram
+from .tap import TapLayout, tap_dtype
 from .task_rows import Rows
 
 
@@ -146,9 +146,6 @@ class Probe:
         return self.tap, self.sketch.left, self.sketch.right
 
 
-NOTHING = (None, None, None)
-
-
 class Capture(abc.ABC):
     """A layer kind. Subclass it, decorate it with ``register_capture(ModuleType)``, and the kind is tracked.
 
@@ -218,68 +215,3 @@ def by_entry(x: Tensor, entries: int, feature_dims: int = 1) -> tuple[int, int, 
     """The shape [E, M, features] of ``x`` with ``feature_dims`` dimensions of features and M rows for each of E ids."""
     lead = x.dim() - feature_dims
     return entries, math.prod(x.shape[:lead]) // entries, math.prod(x.shape[lead:])
-
-
-def refuse_double_backward() -> None:
-    """``create_graph=True`` would need gradients of the statistics."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "taskgrad does not support create_graph=True (a backward pass through the backward pass); "
-            "run that forward outside of tracker.batch()"
-        )
-
-
-def receipt_grad(receipt: Tensor) -> Tensor:
-    return torch.ones_like(receipt)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype autocast casts a product's operands to, or ``None`` where it does not act on ``x``."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return None
-
-
-class _PerExample(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        param: Tensor,
-        order: Tensor | None,
-        offsets: Tensor,
-        entries: int,
-        receipt: Tensor,
-        tap: Tensor,
-        left: Tensor | None,
-        right: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(order, offsets, receipt, left, right)
-        ctx.gram = wants_gram(tap, param, left, right)
-        return param.detach().expand(entries, *param.shape)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward()
-        order, offsets, receipt, left, right = ctx.saved_tensors
-        grad = torch.ops.taskgrad.segment_sum(dy.flatten(1)[:, None], order, offsets).view(-1, *dy.shape[1:])
-        return (
-            grad.sum(0).to(dy.dtype),
-            None,
-            None,
-            None,
-            receipt_grad(receipt),
-            tap_grad_of(grad, ctx.gram, left, right),
-            None,
-            None,
-        )
-
-
-def per_example(param: Tensor, probe: Probe, rows: Rows) -> Tensor:
-    """``param`` once per task id: [E, *param.shape], an expanded view whose gradient is split by task.
-
-    The building block for a layer kind of your own: write its forward with the copies instead of the parameter.
-    """
-    entries = rows.entries
-    out = _PerExample.apply(param, rows.order, rows.offsets, entries, rows.receipt, *probe.tensors)
-    return out  # type: ignore[no-any-return]

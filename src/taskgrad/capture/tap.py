@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sketch import project, sketch_dim
+from .sketch import project
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,6 @@ class TapLayout:
 def tap_dtype(param: Tensor) -> torch.dtype:
     """What a parameter's statistics are added up in."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-def wants_gram(tap: Tensor | None, param: Tensor | None, left: Tensor | None, right: Tensor | None) -> bool:
-    """Whether the parameter's tap has columns for a Gram beside those of the sketch (left, right)."""
-    return tap is not None and param is not None and tap.shape[1] > sketch_dim(param.shape, left, right)
 
 
 def tap_grad(sketches: Tensor, gram: Tensor | None) -> Tensor:
