@@ -239,12 +239,10 @@ def arrived_report(
     valid."""
     found: dict[str, Tensor | None] = {}
     for name, row in STATISTICS.items():
-        value: Tensor | None = values[name]
-        if row.given is not None and not bool(values[row.given]):
-            value = None
-        elif row.whole and not bool(values[name].isnan().any()):
-            value = values[name].long()
-        found[name] = value
+        value = values[name]
+        if row.whole and value.is_floating_point() and not bool(value.isnan().any()):
+            value = value.long()
+        found[name] = None if row.given is not None and not bool(values[row.given]) else value
     if reason is not None:
         return invalid_report(tasks, step, reason, found)
     return StepReport(tasks=tasks, step=step, valid=True, reason=None, _sketches=sketches, **found)  # type: ignore[arg-type]

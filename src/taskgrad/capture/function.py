@@ -58,7 +58,9 @@ class Part(NamedTuple):
 
     def of_tasks(self, grads: Tensor, shape: torch.Size, dtype: torch.dtype) -> Split:
         """From the tasks' gradients themselves, [T + 1, numel], for a parameter of ``shape`` and ``dtype``."""
-        grads = grads.view(-1, *shape)
+        return self._of_shaped(grads.view(-1, *shape), dtype)
+
+    def _of_shaped(self, grads: Tensor, dtype: torch.dtype) -> Split:
         stats = None if self.gram is None else tap_grad_of(grads, self.gram, self.left, self.right)
         return grads.sum(0).to(dtype), stats
 
@@ -71,7 +73,7 @@ class Part(NamedTuple):
         """Of a vector: the sums of ``values`` [E, M, features] over all rows."""
         if self.gram is None:
             return values.sum((0, 1), dtype=stat_dtype(values)).to(dtype), None
-        return self.of_tasks(self.segments(values), values.shape[2:], dtype)
+        return self._of_shaped(self.segments(values), dtype)
 
     def product(self, first: Tensor, second: Tensor) -> Split:
         """Of a matrix: Σ_{rows} first ⊗ second, from [E, M, d0] and [E, M, d1]."""
@@ -110,10 +112,10 @@ class Kept(NamedTuple):
 def kept(ctx: Any) -> Kept:
     """To be called first in the backward pass. Raises RuntimeError where that is to be differentiated itself."""
     refuse_double_backward()
-    saved, count = ctx.saved_tensors, len(ctx.grams)
-    order, offsets, receipt = saved[:3]
-    parts = [Part(ctx.grams[i], saved[3 + 2 * i], saved[4 + 2 * i], order, offsets) for i in range(count)]
-    return Kept(tuple(parts), saved[3 + 2 * count :], receipt)
+    order, offsets, receipt, *rest = ctx.saved_tensors
+    grams = ctx.grams
+    parts = [Part(gram, rest[2 * i], rest[2 * i + 1], order, offsets) for i, gram in enumerate(grams)]
+    return Kept(tuple(parts), tuple(rest[2 * len(grams) :]), receipt)
 
 
 def refuse_double_backward() -> None:

@@ -129,13 +129,14 @@ class TaskMemory:
             bend += 0.5 * ((mean - memory) * (here - before)).sum(1)
         nan = torch.full((), torch.nan, dtype=torch.float64, device=gradient.device)
         both = present & had
+        own, others = torch.where(both, own, nan), torch.where(both, others, nan)
         return Reading(
             norm=torch.where(present, square.sqrt(), nan),
             signal=torch.where(both, signal, nan),
             memory_dot=torch.where(had[:, None], dots, nan),
-            own_effect=torch.where(both, own, nan),
-            others_effect=torch.where(both, others, nan),
-            update_effect=torch.where(both, own + others, nan),
+            own_effect=own,
+            others_effect=others,
+            update_effect=own + others,
             curvature=torch.where(both, bend, nan),
         )
 
