@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,13 +47,24 @@ class _Conv(torch.autograd.Function):
 
 
 class _AnyConv(Capture):
-    def run(self, module: Any, rows: Rows, probes: Mapping[str, Probe], x: Tensor, *options: Any) -> Tensor:
-        """``options``: padding, transposed and output padding."""
-        padding, transposed, output_padding = options
+    """What convolutions and transposed ones share."""
+
+    def run(
+        self,
+        module: Any,
+        rows: Rows,
+        probes: Mapping[str, Probe],
+        x: Tensor,
+        padding: Sequence[int],
+        transposed: bool,
+        output_padding: list[int],
+    ) -> Tensor:
+        """The module on ``x``, with its own stride, dilation and groups."""
         tensors = operands(rows, x, module.weight, module.bias)
-        where = list(module.stride), list(padding), list(module.dilation), transposed, output_padding, module.groups
+        options = list(module.stride), list(padding), list(module.dilation), transposed, output_padding, module.groups
+        # the tasks are gone through on the host
         packed = pack(rows, probes.get("weight"), probes.get("bias"), offsets=rows.ids_offsets)
-        return _Conv.apply(*tensors, where, *packed)  # type: ignore[no-any-return]
+        return _Conv.apply(*tensors, options, *packed)  # type: ignore[no-any-return]
 
     def check(self, module: Any, rows: Rows, x: Tensor) -> None:
         """Raise Unattributed unless every entry of ``x`` is an example with one id."""
@@ -98,6 +109,7 @@ class ConvTransposeCapture(_AnyConv):
         assert isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
         self.check(module, rows, input)
         stride, padding, kernel, dilation = module.stride, module.padding, module.kernel_size, module.dilation
+        assert not isinstance(padding, str)  # only the type of its base class allows that
         sizes: Any = (input, output_size, stride, padding, kernel, len(kernel), dilation)
         extra = module._output_padding(*sizes)
         if any(e >= s for e, s in zip(extra, stride, strict=True)):

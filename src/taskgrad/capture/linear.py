@@ -47,9 +47,9 @@ class LinearCapture(Capture):
     transposed = False
 
     def forward(self, module: nn.Module, rows: Rows, probes: Mapping[str, Probe], *args: Any, **kwargs: Any) -> Tensor:
-        assert isinstance(module.weight, Tensor)
         x = args[0] if args else kwargs["x" if self.transposed else "input"]
         entries = rows_of(rows, x)
+        # each asked for once: a parametrized one is computed
         tensors = operands(rows, x, module.weight, module.bias)  # type: ignore[arg-type]
         packed = pack(rows, probes.get("weight"), probes.get("bias"))
         return _Linear.apply(*tensors, self.transposed, entries, *packed)  # type: ignore[no-any-return]
