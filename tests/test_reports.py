@@ -19,6 +19,7 @@ from torch import nn
 
 import taskgrad as tg
 from taskgrad._text import printable
+from taskgrad.report import STATISTICS, Row, gather
 from taskgrad.sampling.policies import Static
 from tests.utils.single import one_step
 
@@ -197,3 +198,35 @@ def test_copies_and_pickles_carry_the_error() -> None:
     for twin in copies:
         assert str(twin.to_dict()) == str(report.to_dict()) and str(twin) == str(report)
         assert twin.cosine_se[0, 1] > 0
+
+
+def _sizes(row: Row, tasks: int) -> list[int]:
+    return [{"T": tasks, "T + 1": tasks + 1}[size] for size in row.shape]
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_every_row_of_the_table_is_filled_delivered_told_and_documented(name: str) -> None:
+    tracker, row = _tracked(["a", "b", "c"]), STATISTICS[name]
+    empty = getattr(tracker.report(), name)
+    report = one_step(tracker)
+    value = getattr(report, name)
+    assert list(value.shape) == _sizes(row, 3)
+    assert value.dtype == (torch.int64 if row.whole else torch.float64)
+    if row.given:
+        assert empty is None
+    else:
+        assert (empty.shape, empty.dtype) == (value.shape, value.dtype)
+        assert row.kept or bool(empty.isnan().all())
+    assert report.to_dict()[name] == pickle.loads(pickle.dumps(report)).to_dict()[name]
+    assert f"\n        {name}: " in (tg.StepReport.__doc__ or "")
+
+
+def test_a_new_field_is_one_row_and_a_value_in_the_statistic_that_it_names() -> None:
+    statistics = {by: dict.fromkeys(STATISTICS, torch.zeros(2)) for by in ("counts", "gram", "reading", "memory")}
+    with pytest.raises(KeyError, match="windows"):
+        gather(statistics)
+    statistics["windows"] = {"overwrite": torch.zeros(2)}
+    with pytest.raises(KeyError, match="others_cosine_mean"):
+        gather(statistics)
+    statistics["windows"] = statistics["counts"] | {"nobody asks for": torch.zeros(2)}
+    assert list(gather(statistics)) == list(STATISTICS)

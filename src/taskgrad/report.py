@@ -1,9 +1,12 @@
-"""What one step said about the tasks."""
+"""What one step said about the tasks. ``StepReport`` is the one table of its fields: a new one is a row there, and a
+value of the same name in the statistic that the row names."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -28,73 +31,142 @@ class Sketches:
 
 
 @dataclass(frozen=True)
+class Row:
+    """One field of ``StepReport``, for all that fills, delivers, documents or leaves it out.
+
+    Attributes:
+        doc: what it says.
+        shape: its sizes in terms of T.
+        by: the statistic that fills it, see ``gather``.
+        whole: counts, int64 (float64 where one is NaN).
+        kept: said of a step without numbers too, where other fields are NaN, or ``None`` with ``given``.
+        given: a flag of the delivery; the field is ``None`` where that is not set.
+    """
+
+    doc: str
+    shape: tuple[str, ...] = ("T",)
+    by: str | None = None
+    whole: bool = False
+    kept: bool = False
+    given: str | None = None
+
+    def empty(self, tasks: int) -> Tensor | None:
+        """What a report of nothing holds, for T ``tasks``."""
+        if self.given is not None:
+            return None
+        shape = [tasks + (size == "T + 1") for size in self.shape]
+        if self.kept:
+            return torch.zeros(shape, dtype=torch.int64 if self.whole else torch.float64)
+        return torch.full(shape, torch.nan, dtype=torch.float64)
+
+
+def _told(doc: str) -> dict[str, Row]:
+    """A row that no statistic fills."""
+    return {"row": Row(doc)}
+
+
+def _row(by: str, doc: str, shape: tuple[str, ...] = ("T",), **options: Any) -> dict[str, Row]:
+    return {"row": Row(doc, shape, by, **options)}
+
+
+@dataclass(frozen=True)
 class StepReport:
     """Per-task gradient statistics of one optimizer step.
 
     Tensors are float64 on the CPU unless said otherwise, [T] where no shape is given, NaN where undefined. g_t is the
     part of the loss gradient that flows through rows of task t, ḡ_t = g_t · Σw / Σ_{rows of t} w the task's mean
     gradient (any ``loss_weight`` divided out), m_t the memory of ḡ_t before this step. In sketch mode products are
-    estimates, see ``cosine_se``.
-
-    Attributes:
-        tasks: names of the T tasks.
-        step: steps closed so far, abandoned ones included; 0 before the first.
-        valid: False for a step that was abandoned (non-finite or vanished gradients); then the numbers are NaN and the
-            memory was left alone.
-        reason: why the report is not valid, and what to do; ``None`` if it is.
-        examples: int64, examples of the batch that hold the task; float64 and NaN where ids (1, S) are the tokens of
-            several examples.
-        tokens: summed loss weights of the task's rows (``batch(ids, weight=…)``; the number of rows without).
-        loss: weighted mean loss of the task's rows, or ``None`` if ``Batch.losses`` was not called.
-        gram: [T, T], ⟨g_s, g_t⟩.
-        cosine: [T, T], cosine of g_s and g_t.
-        others_cosine: cos(g − g_t, g_t), with ``others_cosine_mean`` and ``others_cosine_std`` over a window of
-            appearances (arXiv 2605.29548 reads any nonzero value as interference).
-        norm: ‖ḡ_t‖.
-        signal: ⟨m_t, ḡ_t⟩; at fixed parameters an unbiased estimate of ‖E ḡ_t‖².
-        memory_dot: [T, T + 1], ⟨m_t, g_s⟩; negative: s pushes against t. The last column is rest (rows of no task).
-        overwrite: ρ_t = max(0, pull_t) / own_pull_t, with its standard error ``overwrite_se``; NaN unless the
-            denominator exceeds two of its standard errors.
-        pull, own_pull: windowed means of −Σ_{s≠t}⟨m_t, g_s⟩ and of ⟨m_t, g_t⟩, over all steps.
-        own_effect, others_effect, update_effect: first-order change of the task's loss since it was last seen: by its
-            own step, by everything after it, and in all. Negative is progress. The slope is that at the end of the
-            path: steps that overshoot read as losses; ``curvature`` indicates by how much.
-        gained, undone: −Σ own and Σ others over a window of appearances.
-        retention: 1 − undone / gained, with ``retention_se``; NaN where gained is under two standard errors.
-        curvature: ½⟨ḡ_t − m_t, θ_k − θ_j⟩, indicative.
-        predicted_effect: ⟨m_t, θ_{k+1} − θ_k⟩, what this step does to every task by its memory; biased in training.
-        steps_since_seen: int64, 0 if the task is in this step, −1 if it was never seen.
+    estimates, see ``cosine_se``. Windows are described in ``taskgrad.statistics.windows``.
     """
 
-    tasks: tuple[str, ...]
-    step: int
-    valid: bool
-    reason: str | None
-    examples: Tensor
-    tokens: Tensor
-    loss: Tensor | None
-    gram: Tensor
-    cosine: Tensor
-    others_cosine: Tensor
-    others_cosine_mean: Tensor
-    others_cosine_std: Tensor
-    norm: Tensor
-    signal: Tensor
-    memory_dot: Tensor
-    overwrite: Tensor
-    overwrite_se: Tensor
-    pull: Tensor
-    own_pull: Tensor
-    own_effect: Tensor
-    others_effect: Tensor
-    update_effect: Tensor
-    gained: Tensor
-    undone: Tensor
-    retention: Tensor
-    retention_se: Tensor
-    curvature: Tensor
-    predicted_effect: Tensor
-    steps_since_seen: Tensor
+    # The one table of what a report holds: what builds, delivers, documents, pickles or prints reports reads it here.
+    tasks: tuple[str, ...] = field(metadata=_told("names of the T tasks."))
+    step: int = field(metadata=_told("steps closed so far, abandoned ones included; 0 before the first."))
+    valid: bool = field(
+        metadata=_told(
+            "False for a step that was abandoned (non-finite or vanished gradients); then the numbers are NaN and the "
+            "memory was left alone."
+        )
+    )
+    reason: str | None = field(metadata=_told("why the report is not valid, and what to do; ``None`` if it is."))
+    examples: Tensor = field(
+        metadata=_row(
+            "counts",
+            "int64, examples of the batch that hold the task; float64 and NaN where ids (1, S) are the tokens of "
+            "several examples.",
+            whole=True,
+            kept=True,
+        )
+    )
+    tokens: Tensor = field(
+        metadata=_row(
+            "counts",
+            "summed loss weights of the task's rows (``batch(ids, weight=…)``; the number of rows without).",
+            kept=True,
+        )
+    )
+    loss: Tensor | None = field(
+        metadata=_row(
+            "counts",
+            "weighted mean loss of the task's rows, or ``None`` if ``Batch.losses`` was not called.",
+            given="losses",
+        )
+    )
+    gram: Tensor = field(metadata=_row("gram", "⟨g_s, g_t⟩.", ("T", "T")))
+    cosine: Tensor = field(metadata=_row("gram", "cosine of g_s and g_t.", ("T", "T")))
+    others_cosine: Tensor = field(
+        metadata=_row("gram", "cos(g − g_t, g_t); arXiv 2605.29548 reads any nonzero value as interference.")
+    )
+    others_cosine_mean: Tensor = field(
+        metadata=_row("windows", "mean of ``others_cosine`` over a window of appearances.")
+    )
+    others_cosine_std: Tensor = field(metadata=_row("windows", "its standard deviation over that window."))
+    norm: Tensor = field(metadata=_row("reading", "‖ḡ_t‖."))
+    signal: Tensor = field(
+        metadata=_row("reading", "⟨m_t, ḡ_t⟩; at fixed parameters an unbiased estimate of ‖E ḡ_t‖².")
+    )
+    memory_dot: Tensor = field(
+        metadata=_row(
+            "reading",
+            "⟨m_t, g_s⟩; negative: s pushes against t. The last column is rest (rows of no task).",
+            ("T", "T + 1"),
+        )
+    )
+    overwrite: Tensor = field(
+        metadata=_row(
+            "windows",
+            "ρ_t = max(0, pull_t) / own_pull_t; NaN unless the denominator exceeds two of its standard errors.",
+        )
+    )
+    overwrite_se: Tensor = field(metadata=_row("windows", "standard error of ``overwrite``."))
+    pull: Tensor = field(metadata=_row("windows", "windowed mean of −Σ_{s≠t}⟨m_t, g_s⟩, over all steps."))
+    own_pull: Tensor = field(metadata=_row("windows", "windowed mean of ⟨m_t, g_t⟩, over all steps."))
+    own_effect: Tensor = field(
+        metadata=_row(
+            "reading",
+            "first-order change of the task's loss since it was last seen by its own step. Negative is progress. The "
+            "slope is that at the end of the path: steps that overshoot read as losses; ``curvature`` indicates by how "
+            "much.",
+        )
+    )
+    others_effect: Tensor = field(metadata=_row("reading", "the same by everything after its own step."))
+    update_effect: Tensor = field(metadata=_row("reading", "the same in all: ``own_effect`` + ``others_effect``."))
+    gained: Tensor = field(metadata=_row("windows", "−Σ own_effect over a window of appearances."))
+    undone: Tensor = field(metadata=_row("windows", "Σ others_effect over that window."))
+    retention: Tensor = field(
+        metadata=_row("windows", "1 − undone / gained; NaN where gained is under two standard errors.")
+    )
+    retention_se: Tensor = field(metadata=_row("windows", "standard error of ``retention``."))
+    curvature: Tensor = field(metadata=_row("reading", "½⟨ḡ_t − m_t, θ_k − θ_j⟩, indicative."))
+    predicted_effect: Tensor = field(
+        metadata=_row(
+            "memory",
+            "⟨m_t, θ_{k+1} − θ_k⟩, what this step does to every task by its memory; biased in training.",
+        )
+    )
+    steps_since_seen: Tensor = field(
+        metadata=_row("memory", "int64, 0 if the task is in this step, −1 if it was never seen.", whole=True, kept=True)
+    )
     _sketches: weakref.ReferenceType[Sketches] | None = field(repr=False, compare=False)
 
     @cached_property
@@ -119,37 +191,17 @@ class StepReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-able lists, ``None`` for NaN; ``cosine_se`` as it is to be had now."""
-        names = [f.name for f in fields(self) if not f.name.startswith("_")]
-        return {name: _plain(getattr(self, name)) for name in [*names, "cosine_se"]}
+        return {name: _plain(getattr(self, name)) for name in [*ROWS, "cosine_se"]}
 
     def __str__(self) -> str:
         # ASCII but for the names: a terminal may know no more
         names = [printable(t, NAME_WIDTH) for t in self.tasks]
         width = max(len(t) for t in (*names, "task"))
         title = f"step {self.step}" + ("" if self.valid else f": no numbers: {printable(self.reason or '')}")
-        columns = (
-            ("rows", 6),
-            ("norm", 9),
-            ("signal", 9),
-            ("overwrite", 19),
-            ("retention", 9),
-            ("cos others", 10),
-            ("seen", 7),
-        )
-        lines = [title, " ".join([f"{'task':<{width}}", *(f"{name:>{size}}" for name, size in columns)])]
+        lines = [title, " ".join([f"{'task':<{width}}", *(f"{name:>{size}}" for name, size, _ in _COLUMNS)])]
         for t, name in enumerate(names):
-            seen = int(self.steps_since_seen[t])
-            cells = (
-                _short(self.examples[t]),
-                _short(self.norm[t]),
-                _short(self.signal[t]),
-                _short(self.overwrite[t], self.overwrite_se[t]),
-                _short(self.retention[t]),
-                _short(self.others_cosine[t]),
-                "never" if seen < 0 else str(-seen),
-            )
-            padded = (f"{cell:>{size}}" for cell, (_, size) in zip(cells, columns, strict=True))
-            lines.append(" ".join([f"{name:<{width}}", *padded]))
+            cells = (f"{cell(self, t):>{size}}" for _, size, cell in _COLUMNS)
+            lines.append(" ".join([f"{name:<{width}}", *cells]))
         if self.valid and self.loss is None:
             lines.append(
                 "losses were not entered (batch.losses(per_row)): OverwriteBoost goes by gradients alone then and "
@@ -158,10 +210,82 @@ class StepReport:
         return "\n".join(lines)
 
 
+ROWS: dict[str, Row] = {f.name: f.metadata["row"] for f in fields(StepReport) if "row" in f.metadata}
+STATISTICS = {name: row for name, row in ROWS.items() if row.by is not None}
+
+
+def _documented(name: str, row: Row) -> str:
+    shape = "" if row.shape == ("T",) else f"[{', '.join(row.shape)}], "
+    return textwrap.fill(f"{name}: {shape}{row.doc}", 116, initial_indent=" " * 8, subsequent_indent=" " * 12)
+
+
+if StepReport.__doc__ is not None:  # python -OO has none
+    StepReport.__doc__ += "\n".join(["\n    Attributes:", *(_documented(*item) for item in ROWS.items()), "    "])
+
+
+def gather(statistics: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The values of the rows, by name, from the statistics that fill them, also by name; others are ignored."""
+    return {name: statistics[row.by][name] for name, row in STATISTICS.items() if row.by is not None}
+
+
+def arrived_report(
+    tasks: tuple[str, ...],
+    step: int,
+    values: Mapping[str, Tensor],
+    reason: str | None,
+    sketches: weakref.ReferenceType[Sketches] | None,
+) -> StepReport:
+    """The report of a step from ``values`` of its rows and their flags, all on the host; with a ``reason`` it is not
+    valid."""
+    found: dict[str, Tensor | None] = {}
+    for name, row in STATISTICS.items():
+        value = values[name]
+        if row.whole and value.is_floating_point() and not bool(value.isnan().any()):
+            value = value.long()
+        found[name] = None if row.given is not None and not bool(values[row.given]) else value
+    if reason is not None:
+        return invalid_report(tasks, step, reason, found)
+    return StepReport(tasks=tasks, step=step, valid=True, reason=None, _sketches=sketches, **found)  # type: ignore[arg-type]
+
+
+def invalid_report(
+    tasks: tuple[str, ...], step: int, reason: str, found: Mapping[str, Tensor | None] | None = None
+) -> StepReport:
+    """The report of a step that told nothing: what ``found`` has of the rows that are kept, and nothing else."""
+    found = {} if found is None else found
+    values = {
+        name: found[name] if row.kept and name in found else row.empty(len(tasks)) for name, row in STATISTICS.items()
+    }
+    loss, tokens = found.get("loss"), found.get("tokens")
+    if loss is not None and tokens is not None:
+        each = zip(tasks, loss.tolist(), tokens.tolist(), strict=True)
+        bad = [t for t, x, n in each if n > 0 and not math.isfinite(x)]
+        if bad:
+            reason += f"; the loss of {', '.join(bad)} is not finite"
+    return StepReport(tasks=tasks, step=step, valid=False, reason=reason, _sketches=None, **values)  # type: ignore[arg-type]
+
+
 def _short(x: Tensor, error: Tensor | None = None) -> str:
     if math.isnan(float(x)):
         return "-"
     return f"{float(x):.3g}" + ("" if error is None else f" +-{_short(error)}")
+
+
+def _seen(report: StepReport, t: int) -> str:
+    steps = int(report.steps_since_seen[t])
+    return "never" if steps < 0 else str(-steps)
+
+
+# title, width and content of what is printed beside the task's name
+_COLUMNS: tuple[tuple[str, int, Callable[[StepReport, int], str]], ...] = (
+    ("rows", 6, lambda report, t: _short(report.examples[t])),
+    ("norm", 9, lambda report, t: _short(report.norm[t])),
+    ("signal", 9, lambda report, t: _short(report.signal[t])),
+    ("overwrite", 19, lambda report, t: _short(report.overwrite[t], report.overwrite_se[t])),
+    ("retention", 9, lambda report, t: _short(report.retention[t])),
+    ("cos others", 10, lambda report, t: _short(report.others_cosine[t])),
+    ("seen", 7, _seen),
+)
 
 
 def _plain(value: Any) -> Any:

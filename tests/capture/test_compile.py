@@ -13,7 +13,16 @@ from tests.utils.architectures import ARCHITECTURES
 from tests.utils.oracle import separate_backwards
 from tests.utils.steps import TASKS, Expected, assert_report, make_case, plain_grads, relative_error
 
-NAMES = ("mlp", "residual_inplace", "repeated_twice", "gpt_row_positions_tied", "conv2d", "norms", "group_norm_4d")
+NAMES = (
+    "mlp",
+    "residual_inplace",
+    "repeated_twice",
+    "gpt_row_positions_tied",
+    "conv2d",
+    "conv_transpose",
+    "norms",
+    "group_norm_4d",
+)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same'"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -41,6 +41,16 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv2d_replicate_same": (lambda: nn.Conv2d(4, 3, 3, padding="same", padding_mode="replicate"), (4, 5, 5)),
     "conv2d_pointwise": (lambda: nn.Conv2d(4, 3, 1), (4, 3, 3)),
     "conv2d_whole_image": (lambda: nn.Conv2d(4, 3, (3, 2)), (4, 3, 2)),
+    "conv3d": (lambda: nn.Conv3d(4, 2, 2, stride=(1, 2, 1), padding=(1, 0, 1), groups=2), (4, 2, 4, 3)),
+    "conv3d_circular": (lambda: nn.Conv3d(2, 2, 3, padding=1, padding_mode="circular"), (2, 2, 3, 2)),
+    "transpose1d": (lambda: nn.ConvTranspose1d(4, 3, 3), (4, 5)),
+    "transpose1d_groups": (lambda: nn.ConvTranspose1d(4, 6, 4, 2, 1, groups=2, bias=False), (4, 5)),
+    "transpose1d_dilated": (lambda: nn.ConvTranspose1d(4, 3, 3, dilation=2, padding=2), (4, 5)),
+    "transpose2d": (lambda: nn.ConvTranspose2d(4, 3, 2, stride=2), (4, 3, 2)),
+    "transpose2d_output_padding": (lambda: nn.ConvTranspose2d(4, 3, 3, 2, 1, output_padding=(1, 0)), (4, 3, 4)),
+    "transpose2d_uneven": (lambda: nn.ConvTranspose2d(4, 4, (1, 3), (3, 2), (0, 2), 0, 4, True, (1, 2)), (4, 2, 5)),
+    "transpose2d_gaps": (lambda: nn.ConvTranspose2d(4, 2, 1, stride=2), (4, 3, 2)),
+    "transpose3d": (lambda: nn.ConvTranspose3d(2, 3, (2, 1, 2), stride=(2, 1, 1), padding=(1, 0, 0)), (2, 2, 3, 2)),
 }  # fmt: skip
 IDS = torch.tensor([2, 0, -1, 1, 0, 2])
 
@@ -120,6 +130,44 @@ def test_the_sketch_of_a_step_is_linear(name: str, sketch_dim: int) -> None:
             (error / 6).backward()
     with_micro_batches.step()
     torch.testing.assert_close(with_micro_batches.report().gram, together.report.gram, rtol=1e-9, atol=1e-18)
+
+
+class Upsampler(nn.Module):
+    """Asks its transposed convolution for a size."""
+
+    def __init__(self, size: list[int] | None, **options: object) -> None:
+        super().__init__()
+        self.size = size
+        self.first = nn.Linear(3, 4 * 5)
+        self.up = nn.ConvTranspose1d(4, 2, 3, **options)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.up(torch.tanh(self.first(x)).unflatten(-1, (4, 5)), output_size=self.size))
+
+
+def _upsampled(size: list[int] | None, **options: object) -> tuple[set[str], dict[str, str]]:
+    """What is attributed, and what is not, of a model whose gradients were compared."""
+    model = Upsampler(size, **options).double()
+    case = Case(model, (torch.randn(6, 3, dtype=torch.float64),), {}, lambda out: squared_error(out, 1), IDS, None)
+    plain, _ = plain_grads(case)
+    oracle = separate_backwards(*case.oracle_arguments)
+    done = tracked_step(case, mode="exact")
+    for key, grad in plain.items():
+        assert relative_error(done.grads[key], grad, oracle[key]) <= 1e-12, key
+    for key in done.attributed:
+        assert relative_error(done.task_gradients[key], oracle[key]) <= 1e-10, key
+    return set(done.attributed), done.unattributed
+
+
+@pytest.mark.parametrize("size", [[11], [12]])
+def test_the_size_that_a_transposed_convolution_is_asked_for(size: list[int]) -> None:
+    assert _upsampled(size, stride=2) == ({"first.weight", "first.bias", "up.weight", "up.bias"}, {})
+
+
+def test_outputs_that_no_convolution_back_passes_are_left_out_by_name() -> None:
+    attributed, unattributed = _upsampled(None, stride=2, dilation=3, output_padding=2)
+    assert attributed == {"first.weight", "first.bias"}
+    assert set(unattributed) == {"up.weight", "up.bias"} and "output_padding of (2,)" in unattributed["up.weight"]
 
 
 class Tokens(nn.Module):

@@ -1,12 +1,11 @@
 """What a layer kind has to say about itself so that its weight gradient is split by task.
 
 A captured layer runs its forward through an ``autograd.Function`` that takes over the weight gradient and returns, as
-the gradient of an unregistered leaf (the parameter's *tap*, [T + 1, dim]), the sketch of every task's part of it.
-Autograd then accumulates the statistics exactly when it accumulates ``param.grad``: over uses of a shared weight and
-over micro-batches, and not under ``autograd.grad(loss, x)``. Where the Gram is not to be taken from accumulated
-gradients, the tap has T + 2 more columns: the rows of the exact Gram of this use, and a 1 that counts uses. All tensors
-are saved with ``save_for_backward``, which keeps the memory saving of activation checkpointing, and the output is
-returned detached, which lets in-place ops follow.
+the gradient of an unregistered leaf (the parameter's *tap*, see ``capture.tap``), the sketch of every task's part of
+it. Autograd then accumulates the statistics exactly when it accumulates ``param.grad``: over uses of a shared weight
+and over micro-batches, and not under ``autograd.grad(loss, x)``. All tensors are saved with ``save_for_backward``,
+which keeps the memory saving of activation checkpointing, and the output is returned detached, which lets in-place ops
+follow.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from torch.utils.hooks import RemovableHandle
 from ..ops import sketch_params
 from .accumulation import Accumulation, Held
 from .route import class_forward
-from .sketch import SketchMap, project, scaled, sketch_dim
+from .sketch import SketchMap, scaled
+from .tap import TapLayout, tap_dtype
 from .task_rows import Rows
 
 
@@ -34,7 +34,7 @@ class Unattributed(Exception):
 
 @dataclass
 class Arrived:
-    """What a pass brought to a parameter, sketched [dim], and to its tap [T + 1, dim]."""
+    """What a pass brought to a parameter, sketched [dim], and, sketched, to its tap [T + 1, dim]."""
 
     param: Tensor | None = None
     tap: Tensor | None = None
@@ -46,6 +46,7 @@ class Probe:
 
     Attributes:
         stray: scalar leaf; a gradient arrives at it where a part of the parameter's gradient cannot be split.
+        layout: what is where in what the tap adds up.
         shape: the parameter's shape as tracking began, which the sketch is for.
         seen: the parameter had statistics in some step.
         squares: [3] float64, of the passes that were checked: squared norms of the difference between the gradient and
@@ -65,7 +66,7 @@ class Probe:
         self.name = name
         self.param = param
         self.sketch = sketch
-        self.gram = gram
+        self.layout = TapLayout(num_tasks, sketch.dim, gram)
         self.columns = slice(column, column + sketch.dim)
         self.shape = param.shape
         self.seen = False
@@ -74,15 +75,12 @@ class Probe:
         self.squares: Tensor | None = None
         self._accumulation = accumulation
         self._handle: RemovableHandle | None = None
-        self._make_leaves(num_tasks)
+        self._make_leaves()
 
-    def _make_leaves(self, num_tasks: int) -> None:
-        dtype = torch.float64 if self.param.dtype == torch.float64 else torch.float32
-        width = self.sketch.dim + (num_tasks + 2 if self.gram else 0)
-        device = self.param.device
-        self.tap = torch.zeros(num_tasks + 1, width, dtype=dtype, device=device, requires_grad=True)
+    def _make_leaves(self) -> None:
+        self.tap = self.layout.leaf(tap_dtype(self.param), self.param.device)
         self.tap.register_hook(self._before_tap)
-        self.stray = torch.zeros((), device=device, requires_grad=True)
+        self.stray = torch.zeros((), device=self.param.device, requires_grad=True)
 
     def _before_param(self, gradient: Tensor | None) -> None:
         if gradient is None:  # a Function that has no gradient for it: nothing is added
@@ -96,7 +94,7 @@ class Probe:
         self.held.tap_pass = self._accumulation.arrive()
         self.seen = True
         if self._accumulation.checking:
-            self.arrived.tap = gradient[:, : self.sketch.dim].detach().clone()
+            self.arrived.tap = self.layout.sketches(gradient).detach().clone()
 
     def sketch_of(self, values: Tensor) -> Tensor:
         """The sketch of ``values`` of the parameter's shape, [dim] in float64."""
@@ -125,10 +123,9 @@ class Probe:
         began."""
         if self._handle is None and self.param.requires_grad:
             self._handle = self.param.register_hook(self._before_param)
-        dtype = torch.float64 if self.param.dtype == torch.float64 else torch.float32
-        if self.tap.device != self.param.device or self.tap.dtype != dtype:
+        if self.tap.device != self.param.device or self.tap.dtype != tap_dtype(self.param):
             self.sketch = self.sketch.to(self.param.device)
-            self._make_leaves(self.tap.shape[0] - 1)
+            self._make_leaves()
 
     def remove(self) -> None:
         """Take the hook off the parameter."""
@@ -147,27 +144,6 @@ class Probe:
     @property
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self.tap, self.sketch.left, self.sketch.right
-
-
-NOTHING = (None, None, None)
-
-
-def wants_gram(tap: Tensor | None, param: Tensor | None, left: Tensor | None, right: Tensor | None) -> bool:
-    """Whether the parameter's tap has columns for a Gram beside those of the sketch (left, right)."""
-    return tap is not None and param is not None and tap.shape[1] > sketch_dim(param.shape, left, right)
-
-
-def tap_grad(sketches: Tensor, gram: Tensor | None) -> Tensor:
-    """The gradient of a tap from the sketches [T + 1, dim] and, where it wants one, the Gram [T + 1, T + 1]."""
-    if gram is None:
-        return sketches
-    return torch.cat([sketches, gram.to(sketches.dtype), sketches.new_ones(sketches.shape[0], 1)], 1)
-
-
-def tap_grad_of(values: Tensor, gram: bool, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """The same from the tasks' gradients themselves, [T + 1, *shape]."""
-    products = torch.ops.taskgrad.sum_gram(values.flatten(1))[1] if gram else None
-    return tap_grad(project(values, left, right), products)
 
 
 class Capture(abc.ABC):
@@ -239,68 +215,3 @@ def by_entry(x: Tensor, entries: int, feature_dims: int = 1) -> tuple[int, int, 
     """The shape [E, M, features] of ``x`` with ``feature_dims`` dimensions of features and M rows for each of E ids."""
     lead = x.dim() - feature_dims
     return entries, math.prod(x.shape[:lead]) // entries, math.prod(x.shape[lead:])
-
-
-def refuse_double_backward() -> None:
-    """``create_graph=True`` would need gradients of the statistics."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "taskgrad does not support create_graph=True (a backward pass through the backward pass); "
-            "run that forward outside of tracker.batch()"
-        )
-
-
-def receipt_grad(receipt: Tensor) -> Tensor:
-    return torch.ones_like(receipt)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype autocast casts a product's operands to, or ``None`` where it does not act on ``x``."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return None
-
-
-class _PerExample(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        param: Tensor,
-        order: Tensor | None,
-        offsets: Tensor,
-        entries: int,
-        receipt: Tensor,
-        tap: Tensor,
-        left: Tensor | None,
-        right: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(order, offsets, receipt, left, right)
-        ctx.gram = wants_gram(tap, param, left, right)
-        return param.detach().expand(entries, *param.shape)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward()
-        order, offsets, receipt, left, right = ctx.saved_tensors
-        grad = torch.ops.taskgrad.segment_sum(dy.flatten(1)[:, None], order, offsets).view(-1, *dy.shape[1:])
-        return (
-            grad.sum(0).to(dy.dtype),
-            None,
-            None,
-            None,
-            receipt_grad(receipt),
-            tap_grad_of(grad, ctx.gram, left, right),
-            None,
-            None,
-        )
-
-
-def per_example(param: Tensor, probe: Probe, rows: Rows) -> Tensor:
-    """``param`` once per task id: [E, *param.shape], an expanded view whose gradient is split by task.
-
-    The building block for a layer kind of your own: write its forward with the copies instead of the parameter.
-    """
-    entries = rows.entries
-    out = _PerExample.apply(param, rows.order, rows.offsets, entries, rows.receipt, *probe.tensors)
-    return out  # type: ignore[no-any-return]

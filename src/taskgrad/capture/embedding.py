@@ -9,49 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.segment_sum import stat_dtype
-from .base import (
-    Capture,
-    Probe,
-    Unattributed,
-    receipt_grad,
-    refuse_double_backward,
-    register_capture,
-    shape_text,
-    tap_grad,
-    wants_gram,
-)
+from .base import Capture, Probe, Unattributed, register_capture, shape_text
+from .function import Part, Split, keep, kept, pack, refuse_double_backward
 from .shared_row import SharedRow, shared_row
 from .sketch import scaled
+from .tap import tap_grad
 from .task_rows import Rows
 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        index: Tensor,
-        weight: Tensor,
-        padding_idx: int,
-        entries: int,
-        order: Tensor | None,
-        offsets: Tensor,
-        receipt: Tensor,
-        tap: Tensor,
-        left: Tensor | None,
-        right: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(index, order, offsets, receipt, left, right)
+    def forward(ctx: Any, index: Tensor, weight: Tensor, padding_idx: int, entries: int, *packed: Any) -> Tensor:
+        keep(ctx, packed, index)
         ctx.padding_idx, ctx.entries, ctx.num_embeddings = padding_idx, entries, weight.shape[0]
-        ctx.gram = wants_gram(tap, weight, left, right)
         return nn.functional.embedding(index, weight).detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward()
-        index, order, offsets, receipt, left, right = ctx.saved_tensors
-        dw, tap = _gradients(ctx, dy, index, order, offsets, left, right)
-        none = (None,) * 4
-        return None, dw, *none, receipt_grad(receipt), tap, None, None
+        saved = kept(ctx)
+        (index,), (part,) = saved.tensors, saved.parts
+        dw, stats = _split(ctx, dy, index, part)
+        return saved.gradients((None, dw, None, None), stats)
 
 
 class _Row(torch.autograd.Function):
@@ -91,47 +69,31 @@ class _Spread(torch.autograd.Function):
         index: Tensor,
         weight: Tensor,
         padding_idx: int,
-        examples: int,
         entries: int,
-        order: Tensor | None,
-        offsets: Tensor,
-        receipt: Tensor,
-        tap: Tensor,
-        left: Tensor | None,
-        right: Tensor | None,
+        examples: int,
+        *packed: Any,
     ) -> Tensor:
-        ctx.save_for_backward(index, order, offsets, receipt, left, right)
-        ctx.padding_idx, ctx.examples, ctx.entries = padding_idx, examples, entries
-        ctx.num_embeddings = weight.shape[0]
-        ctx.gram = wants_gram(tap, weight, left, right)
+        keep(ctx, packed, index)
+        ctx.padding_idx, ctx.entries, ctx.num_embeddings = padding_idx, entries, weight.shape[0]
+        ctx.examples = examples
         return row.detach().expand(examples, *row.shape[1:])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        refuse_double_backward()
-        index, order, offsets, receipt, left, right = ctx.saved_tensors
-        index = index.expand(ctx.examples, *index.shape[1:])
-        tap = _gradients(ctx, dy, index, order, offsets, left, right)[1]
+        saved = kept(ctx)
+        (index,), (part,) = saved.tensors, saved.parts
+        stats = _split(ctx, dy, index.expand(ctx.examples, *index.shape[1:]), part)[1]
         total = dy.sum(0, keepdim=True)
-        none = (None,) * 7
-        return total, total, *none, receipt_grad(receipt), tap, None, None
+        return saved.gradients((total, total, None, None, None, None, None), stats)
 
 
-def _gradients(
-    ctx: Any,
-    dy: Tensor,
-    index: Tensor,
-    order: Tensor | None,
-    offsets: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Of the weight and of the tap."""
+def _split(ctx: Any, dy: Tensor, index: Tensor, part: Part) -> Split:
+    """The gradients of the weight and of its tap."""
     dy, index = dy.reshape(ctx.entries, -1, dy.shape[-1]), index.reshape(ctx.entries, -1)
-    rows = (dy, index, order, offsets, ctx.num_embeddings, ctx.padding_idx)
-    dw, stats = torch.ops.taskgrad.embedding_stats(*rows, left, right)
-    gram = torch.ops.taskgrad.embedding_gram(*rows) if ctx.gram else None
-    return dw, tap_grad(scaled(stats, left, right), gram)
+    where = (dy, index, part.order, part.offsets, ctx.num_embeddings, ctx.padding_idx)
+    dw, stats = torch.ops.taskgrad.embedding_stats(*where, part.left, part.right)
+    gram = torch.ops.taskgrad.embedding_gram(*where) if part.gram else None
+    return dw, tap_grad(scaled(stats, part.left, part.right), gram)
 
 
 @register_capture(nn.Embedding)
@@ -150,9 +112,10 @@ class EmbeddingCapture(Capture):
         index = args[0] if args else kwargs["input"]
         probe = probes["weight"]
         padding_idx = -1 if module.padding_idx is None else module.padding_idx
-        by_rows = (rows.entries, rows.order, rows.offsets, rows.receipt, *probe.tensors)
+        packed = pack(rows, probe)
         if rows.match(index, 0):
-            return _Embedding.apply(index, module.weight, padding_idx, *by_rows)  # type: ignore[no-any-return]
+            where = (index, module.weight, padding_idx, rows.entries)
+            return _Embedding.apply(*where, *packed)  # type: ignore[no-any-return]
         examples = rows.shape[0]
         if index.dim() == 0 or index.shape[0] != 1 or not rows.match(index.expand(examples, *index.shape[1:]), 0):
             raise Unattributed(
@@ -162,10 +125,10 @@ class EmbeddingCapture(Capture):
         weight = module.weight
         assert isinstance(weight, Tensor)
         row, echo = _Row.apply(index, weight, padding_idx, probe.stray)
-        where = (echo, index, weight.detach(), padding_idx, examples)
+        at = (echo, index, weight.detach(), padding_idx, rows.entries, examples)
         if not torch.compiler.is_compiling():
             rows.shared.append(row)
-        return shared_row(row, examples, lambda x: _Spread.apply(x, *where, *by_rows))
+        return shared_row(row, examples, lambda x: _Spread.apply(x, *at, *packed))
 
     def watch(self, out: Any, examples: int, see: Callable[[Tensor], None]) -> Any:
         if isinstance(out, Tensor) and out.dim() > 1 and out.shape[0] == 1 and examples > 1:

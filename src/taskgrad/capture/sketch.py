@@ -63,15 +63,6 @@ def project(values: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor
     return scaled(matrix, left, right)
 
 
-def sketch_dim(shape: torch.Size, left: Tensor | None, right: Tensor | None) -> int:
-    """Numbers in the sketch of a parameter of ``shape`` under the map (left, right)."""
-    if left is not None and left.dtype == torch.int64:
-        return left.shape[0]
-    if left is None and right is None:
-        return math.prod(shape)
-    return (shape[0] if left is None else left.shape[1]) * (math.prod(shape[1:]) if right is None else right.shape[1])
-
-
 def scaled(stats: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """``leftᵀ G right`` [n, r0, r1] divided by sqrt(r0 r1), the sides that are the identity left out: [n, r0 r1]."""
     rank = (1 if left is None else left.shape[1]) * (1 if right is None else right.shape[1])

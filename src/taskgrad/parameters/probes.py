@@ -88,7 +88,7 @@ class Probes:
                 else:
                     rule = f"{place}: no rule for {type(module).__name__}.{attr}; taskgrad.register_capture adds one"
                     strangers.setdefault(name, rule)
-        # a parameter may also hang on a container that never uses it; the sum guard finds out if it does
+        # a parameter may also hang on a container that never uses it; comparing sums finds out if it does
         self.reasons.update({n: r for n, r in strangers.items() if n not in claimed and n not in self.reasons})
         self.unfit = dict(self.reasons)  # what no step can change
         self._flags: tuple[bool, ...] = ()
@@ -282,7 +282,7 @@ class Probes:
         out = torch.zeros(self.num_tasks + 1, self.width, dtype=dtype, device=self.device)
         for name, tap in taps.items():
             probe = self.probes[name]
-            out[:, probe.columns] = tap[:, : probe.sketch.dim]
+            out[:, probe.columns] = probe.layout.sketches(tap)
         return out
 
     @property

@@ -24,13 +24,15 @@ COLUMNS = 1 << 14  # worked on at a time, so that what is between two passes sta
 
 @dataclass
 class Reading:
-    """What one step's gradients say against the memory; float64, NaN where undefined."""
+    """What one step's gradients say against the memory, by the names of a report's rows; float64, NaN where
+    undefined."""
 
     norm: Tensor  # ‖ḡ_t‖ [T]
     signal: Tensor  # ⟨m_t, ḡ_t⟩ [T]
     memory_dot: Tensor  # ⟨m_t, g_s⟩ [T, T + 1], the last column is rest
     own_effect: Tensor  # [T]
     others_effect: Tensor  # [T]
+    update_effect: Tensor  # [T], of both
     curvature: Tensor  # ½⟨ḡ_t(k) − m_t, θ_k − θ_j⟩ [T]
 
 
@@ -77,6 +79,10 @@ class TaskMemory:
         self.before = torch.cat([self.before, extra], 1)
         self.after = torch.cat([self.after, extra], 1)
 
+    def steps_since_seen(self, step: int) -> Tensor:
+        """Steps from each task's last appearance to ``step``, int64 [T]; −1 for tasks never seen."""
+        return torch.where(self.last_seen >= 0, step - self.last_seen, -1)
+
     def forget_columns(self, columns: slice) -> None:
         self.ema[:, columns] = 0
 
@@ -94,16 +100,16 @@ class TaskMemory:
         bias = 1 - self.decay ** count.double()
         return torch.where(count > 0, 1 / bias, 0.0)
 
-    def read(self, gradient: Tensor, share: Tensor, theta: Tensor) -> Reading:
+    def read(self, gradient: Tensor, to_mean: Tensor, theta: Tensor) -> Reading:
         """Products of the step's gradients with the memory.
 
         Args:
             gradient: G [T + 1, K], the last row is rest.
-            share: [T], float64, what makes g_t the mean gradient ḡ_t: Σw / Σ_{rows of t} w; 0 for absent tasks.
+            to_mean: [T], float64, what makes g_t the mean gradient ḡ_t: Σw / Σ_{rows of t} w; 0 for absent tasks.
             theta: [K], float64, the parameters the gradients were taken at.
         """
         tasks = self.count.shape[0]
-        present, had = share > 0, self.count > 0
+        present, had = to_mean > 0, self.count > 0
         correction = self._correction()
         dtype = torch.promote_types(self.ema.dtype, gradient.dtype)  # they differ once the model was moved to float64
         if self.uneven:
@@ -113,7 +119,7 @@ class TaskMemory:
         square, signal, own, others, bend = torch.zeros(5, tasks, dtype=torch.float64, device=gradient.device)
         for c in self._chunks():
             g = gradient[:, c].double()
-            mean = g[:tasks] * share[:, None]
+            mean = g[:tasks] * to_mean[:, None]
             memory = self.ema[:, c].double() * (correction[:, c] if self.uneven else correction)
             before, after, here = self.before[:, c], self.after[:, c], theta[c]
             square += mean.square().sum(1)
@@ -123,19 +129,21 @@ class TaskMemory:
             bend += 0.5 * ((mean - memory) * (here - before)).sum(1)
         nan = torch.full((), torch.nan, dtype=torch.float64, device=gradient.device)
         both = present & had
+        own, others = torch.where(both, own, nan), torch.where(both, others, nan)
         return Reading(
             norm=torch.where(present, square.sqrt(), nan),
             signal=torch.where(both, signal, nan),
             memory_dot=torch.where(had[:, None], dots, nan),
-            own_effect=torch.where(both, own, nan),
-            others_effect=torch.where(both, others, nan),
+            own_effect=own,
+            others_effect=others,
+            update_effect=own + others,
             curvature=torch.where(both, bend, nan),
         )
 
     def write(
         self,
         gradient: Tensor,
-        share: Tensor,
+        to_mean: Tensor,
         seen: Tensor,
         before: Tensor,
         after: Tensor,
@@ -146,7 +154,7 @@ class TaskMemory:
 
         Args:
             gradient: G [T + 1, K].
-            share: as read, [T].
+            to_mean: as read, [T].
             seen: [T] bool, the tasks that enter.
             before, after: [K], float64, the parameters around the step.
             step: its number.
@@ -161,7 +169,7 @@ class TaskMemory:
         for c in self._chunks():
             ema = self.ema[:, c]
             predicted += (ema.double() * (correction[:, c] if self.uneven else correction)) @ (after[c] - before[c])
-            mean = (gradient[:tasks, c].double() * share[:, None]).to(ema.dtype)
+            mean = (gradient[:tasks, c].double() * to_mean[:, None]).to(ema.dtype)
             # where, not a product: what does not enter may be NaN
             enters = row if out is None else row & ~out[c]
             ema.copy_(torch.where(enters, self.decay * ema + (1 - self.decay) * mean, ema))

@@ -48,8 +48,7 @@ class Uses:
 
 
 def read_uses(probes: list[Probe], taps: Mapping[str, Tensor], num_tasks: int, device: torch.device) -> Uses:
-    """The Gram columns of ``taps``, by the names of ``probes``."""
-    columns = [taps[probe.name][:, probe.sketch.dim :].double() for probe in probes]
+    """What ``taps``, by the names of ``probes``, say of Grams and uses."""
     nothing = torch.zeros(num_tasks + 1, num_tasks + 1, dtype=torch.float64, device=device)
-    uses = torch.stack([nothing[0, 0], *(c[0, -1] for c in columns)])[1:]
-    return Uses(probes, [c[:, :-1] for c in columns], nothing, uses > 1)
+    uses = torch.stack([nothing[0, 0], *(p.layout.uses(taps[p.name]) for p in probes)])[1:]
+    return Uses(probes, [p.layout.gram_of(taps[p.name]).double() for p in probes], nothing, uses > 1)

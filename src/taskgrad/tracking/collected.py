@@ -24,9 +24,18 @@ class Counts:
     given: Tensor  # bool: every batch entered its losses
 
     @property
-    def share(self) -> Tensor:
+    def to_mean(self) -> Tensor:
         """What makes g_t the mean gradient of the task's loss as it was before any factor [T]; 0 for absent tasks."""
         return torch.where(self.mass > 0, self.mass.sum() / self.entered, 0.0)[:-1]
+
+    @property
+    def by_task(self) -> dict[str, Tensor]:
+        """The rows of a report that these fill, [T] each."""
+        return {
+            "examples": self.examples[:-1],
+            "tokens": self.weight[:-1],
+            "loss": (self.loss / self.mass)[:-1],
+        }
 
 
 def counts_of(batches: Sequence[Batch], num_tasks: int, device: torch.device) -> Counts:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -19,38 +18,17 @@ from torch import Tensor
 
 from ..capture.sketch import SketchMap
 from ..capture.task_rows import ids_range
-from ..report import Sketches, StepReport
+from ..report import Sketches, StepReport, arrived_report
 from .validity import because
-
-VECTORS = (
-    "others_cosine",
-    "others_cosine_mean",
-    "others_cosine_std",
-    "norm",
-    "signal",
-    "overwrite",
-    "overwrite_se",
-    "pull",
-    "own_pull",
-    "own_effect",
-    "others_effect",
-    "update_effect",
-    "gained",
-    "undone",
-    "retention",
-    "retention_se",
-    "curvature",
-    "predicted_effect",
-)
 
 
 class Delivery:
     """One step's tensors, copied to the host in the background.
 
     Args:
-        values: tensors on the device, by name of the report's field, and ``valid``, ``block``, ``loss`` and ``wrong``
-            (ids or weights that are none); the last may be missing. ``flags`` says why a step is not valid,
-            ``given`` whether its losses were entered. ``block`` [T, K] stays where it is.
+        values: tensors on the device: of the report's rows, by name, and ``valid``, ``flags`` (why a step is not),
+            ``losses`` (whether they were entered), ``block`` [T, K], which stays where it is, and ``wrong`` (ids or
+            weights that are none), which may be missing.
         maps: of the parameters, in the order of the block's columns.
         built: is told of the report.
     """
@@ -96,32 +74,16 @@ class Delivery:
         return report
 
     def _build(self) -> StepReport:
-        values = dict(self.values)
-        wrong = values.pop("wrong", None)
-        if wrong is not None and bool(wrong):
+        values = self.values
+        if "wrong" in values and bool(values["wrong"]):
             raise ValueError(
                 f"step {self.step}: {ids_range(len(self.tasks))}, and weights must be finite and not negative; "
                 "for values on a GPU this is seen only when the report arrives: pass them on the CPU to find the batch"
             )
-        loss: Tensor | None = values.pop("loss")
-        if not bool(values.pop("given")):
-            loss = None
-        if not bool(values["examples"].isnan().any()):
-            values["examples"] = values["examples"].long()
-        valid, flags = bool(values.pop("valid")), values.pop("flags").tolist()
-        if not valid:
-            reason = because(flags) or "a parameter was used more than once (accumulate=False)"
-            counts = (values["steps_since_seen"], reason, values["examples"], values["tokens"])
-            return invalid_report(self.tasks, self.step, *counts, loss)
-        return StepReport(
-            tasks=self.tasks,
-            step=self.step,
-            valid=True,
-            reason=None,
-            loss=loss,
-            _sketches=self._sketched,
-            **values,
-        )
+        reason = None
+        if not bool(values["valid"]):
+            reason = because(values["flags"].tolist()) or "a parameter was used more than once (accumulate=False)"
+        return arrived_report(self.tasks, self.step, values, reason, self._sketched)
 
 
 class Listener(Protocol):
@@ -171,39 +133,3 @@ class Mailbox:
             delivery = self._on_the_way.popleft()
             self.report, self._sketches = delivery.report, delivery.sketches
             delivery.sketches = None
-
-
-def invalid_report(
-    tasks: tuple[str, ...],
-    step: int,
-    steps_since_seen: Tensor,
-    reason: str,
-    examples: Tensor | None = None,
-    tokens: Tensor | None = None,
-    loss: Tensor | None = None,
-) -> StepReport:
-    """The report of a step that told nothing: NaN everywhere but in the counts."""
-    count = len(tasks)
-    nan = torch.full((count,), torch.nan, dtype=torch.float64)
-    square = nan[:, None].expand(count, count)
-    if loss is not None and tokens is not None:
-        bad = [
-            t for t, x, n in zip(tasks, loss.tolist(), tokens.tolist(), strict=True) if n > 0 and not math.isfinite(x)
-        ]
-        if bad:
-            reason += f"; the loss of {', '.join(bad)} is not finite"
-    return StepReport(
-        tasks=tasks,
-        step=step,
-        valid=False,
-        reason=reason,
-        examples=torch.zeros(count, dtype=torch.int64) if examples is None else examples,
-        tokens=torch.zeros(count, dtype=torch.float64) if tokens is None else tokens,
-        loss=None,
-        gram=square,
-        cosine=square,
-        memory_dot=nan[:, None].expand(count, count + 1),
-        steps_since_seen=steps_since_seen,
-        _sketches=None,
-        **dict.fromkeys(VECTORS, nan),
-    )

@@ -70,7 +70,7 @@ class TaskGradTracker:
                 self._row_check,
                 memory_decay=memory_decay,
                 loss_scale=loss_scale,
-                guard=verify,
+                check_sums=verify,
                 group=process_group,
                 by_hand=not optimizers,
             )
@@ -288,8 +288,8 @@ class TaskGradTracker:
 
     def probe(self, loss: Callable[[], Tensor]) -> StepProbe:
         """Measure ``loss()``, say of a fixed batch by task, just before and just after the next optimizer step."""
-        self._steps.probe = StepProbe(self.model, loss)
-        return self._steps.probe
+        self._steps.step_probe = StepProbe(self.model, loss)
+        return self._steps.step_probe
 
     @property
     def under_way(self) -> int:

@@ -57,8 +57,20 @@ def batch_norm_eval() -> nn.Module:
     return model
 
 
+def conv_transpose() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2),
+        nn.ReLU(inplace=True),
+        nn.ConvTranspose2d(4, 2, 3, stride=2, output_padding=1),
+        nn.Flatten(),
+        nn.Linear(72, 3),
+    )
+
+
 def unsupported_kinds() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU(4), nn.ConvTranspose2d(4, 4, 2), nn.Flatten(), nn.Linear(100, 3))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.PReLU(4), nn.InstanceNorm2d(4, affine=True), nn.Flatten(), nn.Linear(64, 3)
+    )
 
 
 class ResidualConv(nn.Module):
@@ -98,6 +110,7 @@ class VisionTransformer(nn.Module):
 ARCHITECTURES = [
     Architecture("conv1d", conv1d, floats(3, 16)),
     Architecture("conv2d", conv2d, floats(3, 7, 5)),
+    Architecture("conv_transpose", conv_transpose, floats(3, 6, 6)),
     Architecture("group_norm_2d", group_norm_2d, floats(7)),
     Architecture("group_norm_3d", group_norm_3d, floats(3, 9)),
     Architecture("group_norm_4d", group_norm_4d, floats(3, 5, 4)),
