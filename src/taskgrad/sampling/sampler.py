@@ -16,8 +16,9 @@ from typing import Any, Generic, Literal, TypeVar, overload
 import numpy as np
 from torch.utils.data import Sampler
 
+from .._ranks import world_size
 from . import loaders
-from .agreement import Agreement, world
+from .agreement import Agreement
 from .arrays import FloatArray, IntArray
 from .control import Control, Realised
 from .drawing import Drawing, Examples
@@ -273,7 +274,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
                 "of accelerator.prepare(), or use taskgrad.integrations.accelerate.prepare(accelerator, tracker, "
                 "sampler, loader) in its place"
             )
-        ranks = world()
+        ranks = world_size()
         if ranks > 1 and not self._sharded and not self._warned:
             self._warned = True
             warnings.warn(
@@ -393,7 +394,7 @@ class _Adaptive(Sampler[_Item], Generic[_Item]):
     def _join_ranks(self, group: Any) -> None:
         """Have the ranks agree on one ledger from now on, where there are any to agree with."""
         replicas = self._settings.num_replicas
-        if self._control.agreement is None and replicas > 1 and world(group) == replicas:
+        if self._control.agreement is None and replicas > 1 and world_size(group) == replicas:
             self._control.agree_with(Agreement(group, self._rank), self.consumed)
 
     def _adopt(self, names: tuple[str, ...], whose: str) -> None:
