@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,3 +70,23 @@ def _numbers(value: object) -> list[float]:
     if isinstance(value, list):
         return [n for v in value for n in _numbers(v)]
     return [float("nan") if value is None else float(value)] if not isinstance(value, str) else []
+
+
+def test_who_starts_a_collective_waits_at_exit_once(tmp_path: Path) -> None:
+    """In a process of its own: the handlers of this one are not to be changed."""
+    code = f"""
+import atexit, torch
+import torch.distributed as dist
+from taskgrad.sampling.agreement import Agreement
+from taskgrad.tracking.distributed import all_reduce_flat
+dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+handlers, atexit.register = [], lambda *given: handlers.append(given)
+all_reduce_flat([torch.ones(2)], None)
+first = len(handlers)
+all_reduce_flat([torch.ones(2)], None)
+Agreement(None, 0)
+dist.destroy_process_group()
+print(first, len(handlers))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1"]

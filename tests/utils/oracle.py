@@ -23,7 +23,17 @@ from torch import Tensor, nn
 Gradients = dict[str, Tensor]
 RowLoss = Callable[[Any], Tensor]
 
-_CHANNEL_KINDS = (nn.GroupNorm, nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d)
+_CHANNEL_KINDS = (
+    nn.GroupNorm,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+)
 
 
 def to_double(model: nn.Module) -> nn.Module:

@@ -34,13 +34,6 @@ class Agreed(NamedTuple):
     after: int
 
 
-def world(group: dist.ProcessGroup | None = None) -> int:
-    """Ranks of ``group`` (``None``: of the default one), 1 without any."""
-    import torch.distributed as dist
-
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
-
-
 class Agreement:
     """The ranks that draw the parts of one stream; ``rank``: whose part this one draws."""
 

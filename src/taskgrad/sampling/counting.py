@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .agreement import Agreement, world
+from .._ranks import world_size
+from .agreement import Agreement
 from .inputs import count_of, known, per_task
 from .views import Views
 
@@ -112,7 +113,7 @@ class Counting(Views):
     def _join_ranks(self, group: Any) -> None:
         """Have the ranks agree on one ledger from now on, where there are any to agree with."""
         replicas = self._settings.num_replicas
-        if self._decisions.agreement is None and replicas > 1 and world(group) == replicas:
+        if self._decisions.agreement is None and replicas > 1 and world_size(group) == replicas:
             self._decisions.agree_with(Agreement(group, self._settings.rank), self.consumed)
 
     def _adopt(self, names: tuple[str, ...], whose: str) -> None:

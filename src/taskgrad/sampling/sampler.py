@@ -11,8 +11,8 @@ from typing import Generic, TypeVar
 
 from torch.utils.data import Sampler
 
+from .._ranks import world_size
 from .adapted import AdaptedPolicy
-from .agreement import world
 from .data.arguments import data_of
 from .data.shares import TaskShares
 from .inputs import count_of
@@ -59,7 +59,7 @@ class _Adaptive(Saving, Sampler[_Item], Generic[_Item]):
                 "of accelerator.prepare(), or use taskgrad.integrations.accelerate.prepare(accelerator, tracker, "
                 "sampler, loader) in its place"
             )
-        ranks = world()
+        ranks = world_size()
         if ranks > 1 and not self._settings.sharded and not self._warned:
             self._warned = True
             warnings.warn(
