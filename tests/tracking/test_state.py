@@ -266,7 +266,7 @@ def test_loaded_in_inference_mode() -> None:
         ({"memory_decay": 0.9}, "memory_decay"),
         ({"sketch_dim": 32}, "sketch_dim"),
         ({"mode": "exact"}, "mode"),
-        ({"mode": "exact", "accumulate": False}, "mode"),
+        ({"mode": "exact_gram"}, "mode"),
     ],
 )
 def test_other_settings_are_refused_by_name(options: dict[str, Any], field: str) -> None:

@@ -14,7 +14,8 @@ from ..capture import Capture, Probe, find_capture, register_transformers
 from ..capture.accumulation import Accumulation
 from ..capture.route import forget_compiled, site_of
 from ..capture.site import Owner, Site
-from ..capture.sketch import sketch_map
+from ..capture.sketch import SketchMap, sketch_map
+from ..capture.tap import Keeps
 from .coverage import Coverage
 
 STRAY = (
@@ -47,11 +48,11 @@ class Probes:
         sketch_dim: int | None,
         seed: int,
         include: Callable[[str, nn.Module], bool] | None,
-        grams: bool = False,
+        exact_gram: bool,
     ) -> None:
         register_transformers()
         self.model, self.num_tasks, self.sketch_dim, self.seed = model, num_tasks, sketch_dim, seed
-        self.grams = grams
+        self.exact_gram = exact_gram
         self.params = dict(model.named_parameters())
         self.names = {id(p): name for name, p in self.params.items()}
         self.reasons: dict[str, str] = {}
@@ -156,7 +157,13 @@ class Probes:
         """A probe of parameter ``name`` that has no place among the columns yet."""
         param = self.params[name]
         sketch = sketch_map(param.shape, self.sketch_dim, self.seed, name).to(param.device)
-        return Probe(name, param, sketch, self.num_tasks, 0, self.grams, self.accumulation)
+        return Probe(name, param, sketch, self.num_tasks, 0, self.may_keep(sketch)[0], self.accumulation)
+
+    def may_keep(self, sketch: SketchMap) -> tuple[Keeps, ...]:
+        """What the tap of a parameter with this map may keep, first what it begins with."""
+        if self.exact_gram and not sketch.exact:
+            return "counted parts", "gram", "parts"
+        return ("sketch",)
 
     def _append(self, probe: Probe) -> None:
         probe.columns = slice(self.width, self.width + probe.sketch.dim)
@@ -165,7 +172,12 @@ class Probes:
         self._widths = None
 
     def adopt(
-        self, probes: Sequence[Probe], seen: Sequence[bool], left_out: Mapping[str, str], suspects: Mapping[str, str]
+        self,
+        probes: Sequence[Probe],
+        seen: Sequence[bool],
+        keeps: Sequence[Keeps],
+        left_out: Mapping[str, str],
+        suspects: Mapping[str, str],
     ) -> None:
         """Lay the columns out as ``probes`` are ordered, those of other parameters after them, and leave out what
         ``left_out`` names and what no tracker could take. Statistics under way are dropped."""
@@ -175,6 +187,8 @@ class Probes:
         for probe, used in zip([*probes, *others], [*seen, *(False for _ in others)], strict=True):
             probe.seen = used
             self._append(probe)
+        for probe, what in zip(probes, keeps, strict=True):
+            probe.keep(what)
         self.reasons = {**left_out, **self.unfit}
         self.suspects = dict(suspects)
         for site in self.sites:

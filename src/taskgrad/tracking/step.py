@@ -7,7 +7,7 @@ of ``Pipeline`` that adds to the ``Step``. Nothing waits for a GPU, but on the f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,6 @@ from ..parameters.probes import UNSEEN, Probes
 from ..report import StepReport, gather
 from ..statistics.cosine import cosines
 from ..statistics.memory import Reading, TaskMemory
-from ..statistics.single_use import REASON as REUSED
 from ..statistics.windows import Overwriting
 from .batches import Batch
 from .collected import Collected, Counts, counts_of, wrong_ids
@@ -54,6 +53,7 @@ class Step:
         waiting, late: of layers whose rows are still to be checked, by name, and bool [P].
         kept: bool [P], whose gradient is not zero; ``None`` where nobody looked.
         left_out: bool [P], or ``None`` for none.
+        gone: bool [P], which are zero in the gradient.
         valid: whether the numbers are to be believed, bool.
         gram: [T + 1, T + 1].
         reading: of the memory.
@@ -75,6 +75,7 @@ class Step:
     late: Tensor
     kept: Tensor | None = None
     left_out: Tensor | None = None
+    gone: Tensor = field(init=False)
     valid: Tensor = field(init=False)
     gram: Tensor = field(init=False)
     reading: Reading = field(init=False)
@@ -217,7 +218,7 @@ class Pipeline:
         step.mark("vanished", (written == 0).all())
 
     def check(self, step: Step) -> None:
-        """Leave out the parameters that are contradicted, wait for the check of their rows, or were used too often."""
+        """Leave out the parameters that are contradicted, or wait for the check of their rows."""
         step.left_out = self._judge(step)
         if not self.probes.host:
             step.mark("changed", step.late.any())
@@ -225,18 +226,11 @@ class Pipeline:
             step.left_out = step.late if step.left_out is None else step.left_out | step.late
         if step.left_out is not None:
             step.gradient = step.gradient * ~self.probes.spread(step.left_out)
-        whole, reused = step.gram_source.reused(self.probes.host)
-        if whole is not None:
-            step.mark("reused", whole)
-        for probe in reused:
-            self._drop(probe, REUSED)
-            step.gradient[:, probe.columns] = 0
-        if step.kept is not None:
-            step.gram_source.keep(step.kept, step.probes)
         gone = self.probes.mask(p.name in self.probes.reasons or not p.seen for p in step.probes)
         if step.left_out is not None:
             gone = gone | step.left_out
         step.mark("nothing", bool(step.taken.taps) & gone.all())
+        step.gone = gone if step.kept is None else gone | ~step.kept
 
     def _judge(self, step: Step) -> Tensor | None:
         """Leave out the suspects: bool [P]. Where the host is not to wait for which, the step is not valid."""
@@ -260,9 +254,12 @@ class Pipeline:
         step.valid = ~step.flags.any()
         if step.wrong is not None:
             step.valid = step.valid & ~step.wrong
-        without = self.probes.suspects.keys() | self.probes.reasons.keys() | step.waiting
-        step.gram = step.gram_source.value(step.gradient, without, step.scale)
-        step.reading = self.memory.read(step.gradient, step.counts.to_mean, theta)
+        to_mean = step.counts.to_mean
+        step.gram = step.gram_source.value(step.gradient, step.gone, step.scale)
+        step.reading = self.memory.read(step.gradient, to_mean, theta)
+        if self.grams.exact_norms:
+            norm = step.gram.diagonal()[:-1].clamp(min=0).sqrt() * to_mean
+            step.reading = replace(step.reading, norm=torch.where(to_mean > 0, norm, torch.nan))
 
     # -- after it moved -----------------------------------------------------------------------------------------------
 
@@ -302,4 +299,8 @@ class Pipeline:
         }
         if step.wrong is not None:
             values["wrong"] = step.wrong
-        return Delivery(tasks, number, values, self.grams.maps(self.probes), built)
+        if step.gram_source.uses is not None:
+            values["uses"] = step.gram_source.uses
+        delivery = Delivery(tasks, number, values, self.grams.maps(self.probes), built)
+        self.grams.sent(step.gram_source, delivery)
+        return delivery

@@ -16,6 +16,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from .._ranks import world_size
+from .._without import without
 from ..capture.root_hooks import RootHooks
 from ..capture.shared_row import make_plain
 from ..capture.task_rows import Rows, check_ids, check_loss_weight, check_weight, check_weight_total
@@ -30,6 +31,8 @@ from .state import SKETCH_SEED, Load, check_state, state_of
 from .step_probe import StepProbe
 from .steps import Steps
 
+Mode = Literal["sketch", "exact_gram", "exact"]
+
 EXACT_LIMIT = 8 << 30  # bytes of state that exact mode may take
 
 
@@ -42,24 +45,23 @@ class TaskGradTracker:
         tasks: Sequence[str],
         optimizers: Sequence[Optimizer],
         *,
-        mode: Literal["sketch", "exact"],
+        mode: Mode,
         sketch_dim: int,
         memory_decay: float,
         loss_scale: GradScaler | Tensor | None,
         verify: bool,
         process_group: dist.ProcessGroup | None,
         include: Callable[[str, nn.Module], bool] | None,
-        accumulate: bool,
     ) -> None:
         self.model = model
         self.tasks = tuple(tasks)
         self.mode = mode
-        self.accumulate = accumulate
         self.sketch_dim = sketch_dim
         self.process_group = process_group
         self._batches = Batches()
-        width = None if mode == "exact" and accumulate else sketch_dim
-        self._probes = Probes(model, self._batches, len(self.tasks), width, SKETCH_SEED, include, not accumulate)
+        width = None if mode == "exact" else sketch_dim
+        exact_gram = mode == "exact_gram"
+        self._probes = Probes(model, self._batches, len(self.tasks), width, SKETCH_SEED, include, exact_gram)
         try:
             self._root = RootHooks(model, self._called, self._returned)
             self._row_check = RowCheck(model, self._batches, self._probes.sites, verify, process_group)
@@ -257,11 +259,9 @@ class TaskGradTracker:
 
     def task_gradients(self) -> dict[str, Tensor]:
         """Exact mode: every attributed parameter's gradient by task, [T + 1, *shape], of the last closed step; the last
-        entry is rest. Raises RuntimeError in sketch mode, where they are never formed, and before the first step."""
-        if self.mode != "exact" or not self.accumulate:
-            raise RuntimeError(
-                'task_gradients() needs mode="exact", with accumulate=True: otherwise they are never formed'
-            )
+        entry is rest. Raises RuntimeError in the other modes, where they are not kept, and before the first step."""
+        if self.mode != "exact":
+            raise RuntimeError(f'task_gradients() needs mode="exact", this tracker has {self.mode!r} and keeps none')
         gradient = self._steps.gradient
         if gradient is None:
             raise RuntimeError("task_gradients() needs a closed step: call optimizer.step() first")
@@ -338,19 +338,19 @@ class TaskGradTracker:
         self._probes.discard()
 
 
+@without(accumulate='mode="exact" adds up always, and the exact Gram without keeping gradients is mode="exact_gram"')
 def track(
     model: nn.Module,
     tasks: Sequence[str],
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     *,
-    mode: Literal["sketch", "exact"] = "sketch",
+    mode: Mode = "sketch",
     sketch_dim: int = 1024,
     memory_decay: float = 0.98,
     loss_scale: GradScaler | Tensor | None = None,
     verify: bool = True,
     process_group: dist.ProcessGroup | None = None,
     include: Callable[[str, nn.Module], bool] | None = None,
-    accumulate: bool = True,
 ) -> TaskGradTracker:
     """Track per-task gradients of ``model``, in place: parameters, ``state_dict`` and ``param.grad`` stay as they are.
 
@@ -358,9 +358,14 @@ def track(
         model: any module with trainable parameters.
         tasks: names of the T tasks; ids index them.
         optimizer: one or several; the step closes when all have stepped. Without one, ``tracker.step()`` closes it.
-        mode: "sketch", cost about flat in T, T · ``sketch_dim`` numbers per parameter; "exact", the T full gradients:
-            (T + 1) · P numbers for the taps, T · P for the memory and 2 · T · P float64 for the effects, P parameters;
-            see ``accumulate`` for the exact Gram without them.
+        mode: "sketch", cost about flat in T, T · ``sketch_dim`` numbers per parameter. "exact_gram": ``gram``,
+            ``cosine``, ``others_cosine`` and ``norm`` are exact, memory, signal and effects are sketched. In its first
+            step it keeps (T + 1) · P numbers, P parameters; from then on only of weights that were used more than once
+            in a step (tied ones, or every one with micro-batches): the Gram of the others is computed inside the
+            product that gives the weight gradient (``taskgrad.ops.wgrad_gram``), and nothing of this size is kept
+            between steps. Where a weight with one use then has a second one, these four are NaN in that step (on a GPU
+            until its report has arrived), and one warning names it. "exact": all is exact, (T + 1) · P numbers for the
+            taps, T · P for the memory and 2 · T · P float64 for the effects.
         sketch_dim: numbers per parameter in sketch mode; smaller parameters are kept exactly.
         memory_decay: decay of the memory per appearance of a task, in [0, 1). A short memory mostly holds noise that
             the parameters have just moved along, which biases ``signal`` downwards: at 0.9 it is negative for tasks
@@ -373,10 +378,6 @@ def track(
             states as they were, as far as ``taskgrad.checks.undisturbed.Snapshot`` says.
         process_group: the ranks whose gradients are averaged (DistributedDataParallel); ``None`` for the default group.
         include: ``include(name, module)`` says whether a module is tracked.
-        accumulate: exact mode: keep the T gradients, so that they add up over uses of a weight and over micro-batches.
-            With False a step is one batch, parameters used more than once are left out by name, ``gram``, ``cosine``
-            and ``others_cosine`` are exact, and what needs the memory is sketched as in sketch mode: the Gram is
-            computed inside the product that gives the weight gradient (``taskgrad.ops.wgrad_gram``).
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind; the message says which and what it needs.
@@ -387,8 +388,8 @@ def track(
         raise TypeError(f"tasks must be a sequence of names, got {tasks!r}")
     if not tasks or len(set(tasks)) != len(tasks):
         raise ValueError(f"tasks must be distinct names, at least one, got {list(tasks)}")
-    if mode not in ("sketch", "exact"):
-        raise ValueError(f'mode must be "sketch" or "exact", got {mode!r}')
+    if mode not in ("sketch", "exact_gram", "exact"):
+        raise ValueError(f'mode must be "sketch", "exact_gram" or "exact", got {mode!r}')
     if not isinstance(sketch_dim, int):
         raise TypeError(f"sketch_dim must be an int, got {type(sketch_dim).__name__}")
     if loss_scale is not None and not isinstance(loss_scale, GradScaler | Tensor):
@@ -407,12 +408,13 @@ def track(
         held = {id(p) for group in o.param_groups for p in group["params"]}
         if held.isdisjoint(id(p) for p in trainable):
             raise ValueError("optimizer holds none of the model's trainable parameters; pass the one that trains it")
-    if mode == "sketch" and not accumulate:
-        raise ValueError('accumulate=False is for mode="exact": sketches always accumulate')
-    if mode == "exact" and accumulate:
+    if mode == "exact":
         _check_memory(trainable, len(tasks))
-    if world_size(process_group) > 1 and mode == "exact":
-        raise ValueError('mode="exact" works on one rank: its gradients are too large to sum; use mode="sketch"')
+    if world_size(process_group) > 1 and mode != "sketch":
+        raise ValueError(
+            f'mode="{mode}" works on one rank: the Gram of a mean over ranks needs the gradients of all of them; use '
+            'mode="sketch"'
+        )
     # importing it takes 0.6 s, and where nobody has there are none
     dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
     if any(isinstance(p, dtensor) for p in trainable):
@@ -429,7 +431,6 @@ def track(
             verify=verify,
             process_group=process_group,
             include=include,
-            accumulate=accumulate,
         )
 
 
@@ -472,5 +473,5 @@ def _check_memory(params: Sequence[nn.Parameter], tasks: int) -> None:
     if size > EXACT_LIMIT:
         raise ValueError(
             f'mode="exact" would hold {size / 2**30:.1f} GiB for {tasks} tasks, more than {EXACT_LIMIT >> 30}; '
-            'use mode="sketch", or accumulate=False for the exact Gram alone'
+            'use mode="sketch", or mode="exact_gram" for the exact Gram alone'
         )
