@@ -18,11 +18,12 @@ from torch.optim import Optimizer
 from .._ranks import world_size
 from ..capture.root_hooks import RootHooks
 from ..capture.shared_row import make_plain
-from ..capture.task_rows import Rows, check_ids, check_loss_weight, check_weight, check_weight_total
+from ..capture.task_rows import Rows
 from ..checks.row_check import RowCheck
 from ..parameters.coverage import Coverage
 from ..parameters.probes import Probes
 from ..report import StepReport
+from .batch_arguments import check_batch, check_ids
 from .batches import Batch, Batches
 from .delivery import Delivery, Listener
 from .optimizer_hooks import StepHooks
@@ -129,15 +130,7 @@ class TaskGradTracker:
         """
         if self._removed:
             raise RuntimeError("this tracker was removed from the model; track() again")
-        check_ids(ids, len(self.tasks))
-        if ids.numel() == 0:
-            raise ValueError(f"ids must not be empty, got shape {tuple(ids.shape)}")
-        if weight is not None:
-            check_weight(weight, ids)
-        if weight_total is not None:
-            check_weight_total(weight_total)
-        if loss_weight is not None:
-            loss_weight = check_loss_weight(loss_weight, len(self.tasks))
+        loss_weight = check_batch(ids, weight, weight_total, loss_weight, len(self.tasks))
         rows = self._rows(ids, weight, weight_total)
         return Batch(rows, weight, loss_weight, advance, self._enter, self._leave, self._ran)
 
