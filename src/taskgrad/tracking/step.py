@@ -166,7 +166,7 @@ class Pipeline:
         if ranks == 1:
             return
         assert step.written is not None
-        lost = self.probes.mask(name in self.probes.reasons for name in self.probes.probes)
+        lost = self.probes.mask(name in self.probes.left_out for name in self.probes.probes)
         seen = self.probes.mask(p.seen for p in step.probes)
         check = self.probes.mask(self.row_check.standing)
         wrong = torch.zeros((), dtype=torch.bool, device=step.gradient.device) if step.wrong is None else step.wrong
@@ -186,7 +186,7 @@ class Pipeline:
         """Every rank leaves out what one of them did: ``lost``, and has ``seen`` what one of them has, bool [P]."""
         for probe, gone, used in zip(probes, lost.tolist(), seen.tolist(), strict=True):
             probe.seen = used
-            if gone and probe.name not in self.probes.reasons:
+            if gone and probe.name not in self.probes.left_out:
                 self._drop(probe, "left out on another rank")
 
     def validate(self, step: Step) -> None:
@@ -233,7 +233,7 @@ class Pipeline:
             step.gradient[:, probe.columns] = 0
         if step.kept is not None:
             step.gram_source.keep(step.kept, step.probes)
-        gone = self.probes.mask(p.name in self.probes.reasons or not p.seen for p in step.probes)
+        gone = self.probes.mask(p.name in self.probes.left_out or not p.seen for p in step.probes)
         if step.left_out is not None:
             gone = gone | step.left_out
         step.mark("nothing", bool(step.taken.taps) & gone.all())
@@ -243,16 +243,16 @@ class Pipeline:
         if not self.probes.host:
             step.mark("changed", step.suspects.any())
             return None
-        probes, out = step.probes, self.probes.reasons
+        probes, out = step.probes, self.probes.left_out
         found = [p for p, bad in zip(probes, step.suspects.tolist(), strict=True) if bad and p.name not in out]
-        self.probes.acquit(step.taken.squares.keys() - {p.name for p in found})
-        for probe in self.probes.suspect(found, UNSEEN):
+        out.acquit(step.taken.squares.keys() - {p.name for p in found})
+        for probe in out.suspect(found, UNSEEN):
             self.memory.forget_columns(probe.columns)
         frozen = [p for p in probes if not p.param.requires_grad]
         return self.probes.mask(p in found or p in frozen for p in probes) if found or frozen else None
 
     def _drop(self, probe: Probe, reason: str) -> None:
-        self.probes.drop(probe.name, reason)
+        self.probes.left_out.drop(probe.name, reason)
         self.memory.forget_columns(probe.columns)
 
     def read(self, step: Step, theta: Tensor) -> None:
@@ -260,7 +260,7 @@ class Pipeline:
         step.valid = ~step.flags.any()
         if step.wrong is not None:
             step.valid = step.valid & ~step.wrong
-        without = self.probes.suspects.keys() | self.probes.reasons.keys() | step.waiting
+        without = self.probes.left_out.suspects.keys() | self.probes.left_out.reasons.keys() | step.waiting
         step.gram = step.gram_source.value(step.gradient, without, step.scale)
         step.reading = self.memory.read(step.gradient, step.counts.to_mean, theta)
 
