@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..capture.sketch import SketchMap
-from ..capture.task_rows import ids_range
 from ..report import Sketches, StepReport, arrived_report
+from .batch_arguments import ids_range
 from .validity import because
 
 

@@ -20,7 +20,8 @@ from .._text import printable
 from ..capture import Probe
 from ..capture.sketch import SketchMap
 from ..ops.sum_gram import sum_gram
-from ..parameters.probes import NAMED, Probes
+from ..parameters.left_out import NAMED
+from ..parameters.probes import Probes
 from .delivery import Delivery
 
 

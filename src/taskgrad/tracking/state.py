@@ -111,8 +111,8 @@ def state_of(tracker: TaskGradTracker) -> dict[str, Any]:
         "parameters": [
             [p.name, list(p.param.shape), p.sketch.dim, p.seen, p.layout.keeps] for p in probes.probes.values()
         ],
-        "left_out": dict(probes.reasons),
-        "suspects": dict(probes.suspects),
+        "left_out": dict(probes.left_out.reasons),
+        "suspects": dict(probes.left_out.suspects),
         **{name: attrgetter(name)(tracker._steps).detach().to("cpu", copy=True) for name in TENSORS},
     }
     return {**state, "digest": _digests(state)}
@@ -175,8 +175,8 @@ def check_state(tracker: TaskGradTracker, state: Mapping[str, Any]) -> Load:
     _check_digests(state, fields, fields)
     for name, table in TENSORS.items():
         _check_values(name, state[name].detach(), table, state)
-    new = {name: reason for name, reason in left_out.items() if name not in tracker._probes.reasons}
-    tracker._probes.warn(new)
+    new = {name: reason for name, reason in left_out.items() if name not in tracker._probes.left_out}
+    tracker._probes.left_out.warn(new)
     device = next(iter(tracker._probes.params.values())).device  # the model may have been moved since track()
     with torch.inference_mode(False):  # or they could not be written to in the next step
         tensors = {name: state[name].detach().to(device, copy=True).contiguous() for name in TENSORS}
@@ -234,10 +234,10 @@ def _check_parameters(
         have = probes.params[name].shape
         if tuple(shape) != tuple(have):
             raise ValueError(f"state_dict['parameters']: {name!r} has shape {_shown(tuple(shape))}, here {tuple(have)}")
-        if name in probes.unfit and name not in left_out:
+        if name in probes.left_out.unfit and name not in left_out:
             raise ValueError(
                 f"state_dict['parameters'] has numbers of {name!r}, which this tracker leaves out "
-                f"({probes.unfit[name]}): track the model as it was tracked when the state was saved"
+                f"({probes.left_out.unfit[name]}): track the model as it was tracked when the state was saved"
             )
         probe = probes.probes.get(name) or probes.make(name)
         if columns != probe.sketch.dim:

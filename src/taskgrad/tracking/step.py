@@ -167,7 +167,7 @@ class Pipeline:
         if ranks == 1:
             return
         assert step.written is not None
-        lost = self.probes.mask(name in self.probes.reasons for name in self.probes.probes)
+        lost = self.probes.mask(name in self.probes.left_out for name in self.probes.probes)
         seen = self.probes.mask(p.seen for p in step.probes)
         check = self.probes.mask(self.row_check.standing)
         wrong = torch.zeros((), dtype=torch.bool, device=step.gradient.device) if step.wrong is None else step.wrong
@@ -187,7 +187,7 @@ class Pipeline:
         """Every rank leaves out what one of them did: ``lost``, and has ``seen`` what one of them has, bool [P]."""
         for probe, gone, used in zip(probes, lost.tolist(), seen.tolist(), strict=True):
             probe.seen = used
-            if gone and probe.name not in self.probes.reasons:
+            if gone and probe.name not in self.probes.left_out:
                 self._drop(probe, "left out on another rank")
 
     def validate(self, step: Step) -> None:
@@ -226,7 +226,7 @@ class Pipeline:
             step.left_out = step.late if step.left_out is None else step.left_out | step.late
         if step.left_out is not None:
             step.gradient = step.gradient * ~self.probes.spread(step.left_out)
-        gone = self.probes.mask(p.name in self.probes.reasons or not p.seen for p in step.probes)
+        gone = self.probes.mask(p.name in self.probes.left_out or not p.seen for p in step.probes)
         if step.left_out is not None:
             gone = gone | step.left_out
         step.mark("nothing", bool(step.taken.taps) & gone.all())
@@ -237,16 +237,16 @@ class Pipeline:
         if not self.probes.host:
             step.mark("changed", step.suspects.any())
             return None
-        probes, out = step.probes, self.probes.reasons
+        probes, out = step.probes, self.probes.left_out
         found = [p for p, bad in zip(probes, step.suspects.tolist(), strict=True) if bad and p.name not in out]
-        self.probes.acquit(step.taken.squares.keys() - {p.name for p in found})
-        for probe in self.probes.suspect(found, UNSEEN):
+        out.acquit(step.taken.squares.keys() - {p.name for p in found})
+        for probe in out.suspect(found, UNSEEN):
             self.memory.forget_columns(probe.columns)
         frozen = [p for p in probes if not p.param.requires_grad]
         return self.probes.mask(p in found or p in frozen for p in probes) if found or frozen else None
 
     def _drop(self, probe: Probe, reason: str) -> None:
-        self.probes.drop(probe.name, reason)
+        self.probes.left_out.drop(probe.name, reason)
         self.memory.forget_columns(probe.columns)
 
     def read(self, step: Step, theta: Tensor) -> None:

@@ -92,7 +92,7 @@ class Steps:
         self._refresh(between)
         if self._by_hand and between:
             self.theta = self.probes.theta()  # step() comes after the update
-        self.probes.accumulation.checking = self._check_sums and (self._due or bool(self.probes.suspects))
+        self.probes.accumulation.checking = self._check_sums and (self._due or bool(self.probes.left_out.suspects))
 
     def _refresh(self, between_steps: bool) -> None:
         if self.probes.refresh(between_steps):
@@ -144,7 +144,7 @@ class Steps:
             if name not in taken.names and (params is None or id(p.param) in params)
         ]
         for probe in probes:
-            taken.take(probe, probe.name not in self.probes.reasons, read)
+            taken.take(probe, probe.name not in self.probes.left_out, read)
             probe.held.release(accumulation.count)
 
     def cut_short(self) -> None:
