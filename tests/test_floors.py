@@ -19,7 +19,7 @@ FLOORS = (  # from the top; a room is a folder, or a module that lies in none
     {"checks", "parameters", "statistics"},
     {"capture"},
     {"ops"},
-    {"_files", "_gloo_exit", "_lazy", "_ranks", "_text"},
+    {"_files", "_gloo_exit", "_lazy", "_ranks", "_text", "_without"},
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 BOTTOM = FLOORS[-1]
