@@ -12,6 +12,14 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 
+def counts_by_task(ids: Tensor, num_tasks: int) -> npt.NDArray[np.int64] | None:
+    """Rows by task, int64 [T]; ``None`` for ids per token, on a GPU, or where a row has none."""
+    if ids.dim() != 1 or not ids.is_cpu:
+        return None
+    counts: npt.NDArray[np.int64] = np.bincount(ids.detach().numpy() + 1, minlength=num_tasks + 1)
+    return None if counts[0] else counts[1:]
+
+
 class Rows:
     """Which rows of a batch belong to which task. Row T (the last segment) is "rest": rows of no task.
 
@@ -100,14 +108,6 @@ class Rows:
             if ran is not None:
                 self.listen(ran)
         return receipt
-
-    @property
-    def counts(self) -> npt.NDArray[np.int64] | None:
-        """Rows by task, int64 [T]; ``None`` for ids per token, on a GPU, or where a row has none."""
-        if len(self.shape) != 1 or self.ids_offsets.device.type != "cpu":
-            return None
-        by_task: npt.NDArray[np.int64] = self.ids_offsets.diff().numpy()
-        return None if by_task[-1] else by_task[:-1]
 
     def share_receipt(self, other: Rows) -> None:
         """Other rows of the same batch: a backward pass through them is one through the batch."""

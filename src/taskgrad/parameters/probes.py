@@ -217,9 +217,13 @@ class Probes(Columns):
         covered = sum(trainable[n].numel() for n in attributed)
         return Coverage(attributed, missing, covered / total if total else 0.0, unverified)
 
+    def rest(self) -> None:
+        """Listen to no gradients until ``refresh``."""
+        for probe in self.probes.values():
+            probe.remove()
+
     def remove(self) -> None:
         for site in self.sites:
             site.remove()
         forget_compiled()
-        for probe in self.probes.values():
-            probe.remove()
+        self.rest()

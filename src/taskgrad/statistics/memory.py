@@ -100,13 +100,15 @@ class TaskMemory:
         bias = 1 - self.decay ** count.double()
         return torch.where(count > 0, 1 / bias, 0.0)
 
-    def read(self, gradient: Tensor, to_mean: Tensor, theta: Tensor) -> Reading:
+    def read(self, gradient: Tensor, to_mean: Tensor, theta: Tensor, last_unmeasured: int = 0) -> Reading:
         """Products of the step's gradients with the memory.
 
         Args:
             gradient: G [T + 1, K], the last row is rest.
             to_mean: [T], float64, what makes g_t the mean gradient ḡ_t: Σw / Σ_{rows of t} w; 0 for absent tasks.
             theta: [K], float64, the parameters the gradients were taken at.
+            last_unmeasured: number of the last step that this memory has not seen; 0 for none. Of tasks that it has
+                seen before only, what they did themselves and what the others did is one.
         """
         tasks = self.count.shape[0]
         present, had = to_mean > 0, self.count > 0
@@ -129,14 +131,16 @@ class TaskMemory:
             bend += 0.5 * ((mean - memory) * (here - before)).sum(1)
         nan = torch.full((), torch.nan, dtype=torch.float64, device=gradient.device)
         both = present & had
-        own, others = torch.where(both, own, nan), torch.where(both, others, nan)
+        split = both & (self.last_seen > last_unmeasured)
+        effect = torch.where(both, own + others, nan)
+        own, others = torch.where(split, own, nan), torch.where(split, others, nan)
         return Reading(
             norm=torch.where(present, square.sqrt(), nan),
             signal=torch.where(both, signal, nan),
             memory_dot=torch.where(had[:, None], dots, nan),
             own_effect=own,
             others_effect=others,
-            update_effect=own + others,
+            update_effect=effect,
             curvature=torch.where(both, bend, nan),
         )
 

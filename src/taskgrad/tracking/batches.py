@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -16,41 +18,62 @@ from ..capture.site import Site
 from ..capture.task_rows import Rows
 from ..ops.segment_sum import segment_sum
 
+PASSED = 4096  # batches of a step that is not measured whose losses are remembered until it closes
+
 
 class Batch:
     """Context of one forward pass: ``with tracker.batch(ids) as b``.
 
     Attributes:
-        task_rows: whose row is whose.
+        ids: the task of every row.
+        task_rows: whose row is whose; sorted when it is first asked for, in a step that is measured.
         examples: float64 [T + 1], how many hold the task; NaN for ids (1, S), the tokens of several examples.
         mass: float64 [T + 1], the share of each task's rows in the loss, 1 in all for a mean over the batch.
         entered: the same times what the task's losses were multiplied with; 1 for rest.
         task_losses: [T + 1], the rows' losses times their shares, summed by task; ``None`` without ``losses``.
         advance: whether it is one more batch of the loader, rather than a further one on the same.
+        trained: it turned out to be no evaluation.
     """
 
     def __init__(
         self,
-        task_rows: Rows,
+        ids: Tensor,
         weight: Tensor | None,
         loss_weight: Tensor | None,
         advance: bool,
+        sort: Callable[[], Rows],
         enter: Callable[[Batch], None],
         leave: Callable[[Batch, bool], None],
         ran: Callable[[Batch], None],
     ) -> None:
-        self.task_rows = task_rows
-        self.examples = task_rows.examples.double()
-        if len(task_rows.shape) == 2 and task_rows.shape[0] == 1:
-            self.examples = torch.full_like(self.examples, torch.nan)
-        self.mass = torch.where(task_rows.weight > 0, task_rows.weight / task_rows.total, 0.0)
-        self.entered = self.mass
-        if loss_weight is not None:
-            self.entered = torch.cat([self.mass[:-1] * loss_weight.to(self.mass.device), self.mass[-1:]])
+        self.ids = ids
         self.task_losses: Tensor | None = None
         self.graded = True  # entered with gradients on
         self.advance = advance  # and not counted yet
-        self._weight, self._enter, self._leave, self._ran = weight, enter, leave, ran
+        self.trained = False
+        self._weight, self._loss_weight = weight, loss_weight
+        self._sort, self._enter, self._leave, self._ran = sort, enter, leave, ran
+
+    @cached_property
+    def task_rows(self) -> Rows:
+        return self._sort()
+
+    @property
+    def examples(self) -> Tensor:
+        counts = self.task_rows.examples.double()
+        shape = self.task_rows.shape
+        return torch.full_like(counts, torch.nan) if len(shape) == 2 and shape[0] == 1 else counts
+
+    @cached_property
+    def mass(self) -> Tensor:
+        rows = self.task_rows
+        return torch.where(rows.weight > 0, rows.weight / rows.total, 0.0)
+
+    @property
+    def entered(self) -> Tensor:
+        if self._loss_weight is None:
+            return self.mass
+        return torch.cat([self.mass[:-1] * self._loss_weight.to(self.mass.device), self.mass[-1:]])
 
     def backward(self) -> None:
         """A backward pass has run through the batch."""
@@ -67,8 +90,8 @@ class Batch:
         if not isinstance(per_row, Tensor) or not per_row.is_floating_point():
             got = per_row.dtype if isinstance(per_row, Tensor) else type(per_row).__name__
             raise TypeError(f"per_row must be a floating tensor, one loss per row, got {got}")
-        if tuple(per_row.shape) != self.task_rows.shape:
-            shape, given = self.task_rows.shape, tuple(per_row.shape)
+        if per_row.shape != self.ids.shape:
+            shape, given = tuple(self.ids.shape), tuple(per_row.shape)
             if given[: len(shape)] == shape:
                 hint = "several losses per row cannot be split by task: a row has one id; sum them, or repeat the row"
             else:
@@ -99,20 +122,32 @@ class Batches:
 
     def __init__(self) -> None:
         self.observer: Callable[[Site, tuple[Any, ...], dict[str, Any]], None] | None = None
-        self.active: Batch | None = None
+        self.open: Batch | None = None
+        self.active: Batch | None = None  # the same in a step that is measured
         self.pending: list[Batch] = []
+        self.passed: deque[Batch] = deque(maxlen=PASSED)  # of a step that is not measured
         self.entered = 0  # with gradients on, since the last step
         self._regrouped: Rows | None = None
         self._recomputing: Batch | None = None
 
-    def enter(self, batch: Batch) -> None:
-        self.active = batch
-        batch.task_rows.listen(batch.backward)
+    def enter(self, batch: Batch, measured: bool) -> None:
+        self.open = batch
         batch.graded = torch.is_grad_enabled()
         self.entered += batch.graded
+        if not measured:
+            if batch.graded:
+                self.passed.append(batch)
+            return
+        self.active = batch
+        batch.task_rows.listen(batch.backward)
         self.pending.append(batch)
 
     def leave(self, batch: Batch, failed: bool) -> None:
+        self.open = None
+        if self.active is None:
+            if failed and batch.graded:
+                self.passed.remove(batch)
+            return
         self.active = None
         make_plain(batch.task_rows.shared)
         batch.task_rows.release()

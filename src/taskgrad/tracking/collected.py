@@ -21,6 +21,7 @@ class Counts:
     entered: Tensor  # the same, times what the task's losses were multiplied with
     examples: Tensor  # float64
     loss: Tensor
+    loss_mass: Tensor  # of the batches that the losses are of
     given: Tensor  # bool: every batch entered its losses
 
     @property
@@ -28,13 +29,17 @@ class Counts:
         """What makes g_t the mean gradient of the task's loss as it was before any factor [T]; 0 for absent tasks."""
         return torch.where(self.mass > 0, self.mass.sum() / self.entered, 0.0)[:-1]
 
+    def add_losses(self, loss: Tensor, mass: Tensor) -> None:
+        """Those of steps that were not measured."""
+        self.loss, self.loss_mass = self.loss + loss, self.loss_mass + mass
+
     @property
     def by_task(self) -> dict[str, Tensor]:
         """The rows of a report that these fill, [T] each."""
         return {
             "examples": self.examples[:-1],
             "tokens": self.weight[:-1],
-            "loss": (self.loss / self.mass)[:-1],
+            "loss": (self.loss / self.loss_mass)[:-1],
         }
 
 
@@ -46,14 +51,35 @@ def counts_of(batches: Sequence[Batch], num_tasks: int, device: torch.device) ->
         return torch.stack([zero, *(p.to(device, non_blocking=True) for p in parts)]).sum(0)
 
     losses = [b.task_losses for b in batches if b.task_losses is not None]
+    mass = total([b.mass for b in batches])
     return Counts(
         weight=total([b.task_rows.weight for b in batches]),
-        mass=total([b.mass for b in batches]),
+        mass=mass,
         entered=total([b.entered for b in batches]),
         examples=total([b.examples for b in batches]),
         loss=total(losses),
+        loss_mass=mass,
         given=torch.full((), len(losses) == len(batches), device=device),
     )
+
+
+class Carried:
+    """Losses of the steps since the last one that was measured: sums and their shares, float64 [T + 1]."""
+
+    def __init__(self, num_tasks: int, device: torch.device) -> None:
+        self.loss = torch.zeros(num_tasks + 1, dtype=torch.float64, device=device)
+        self.mass = torch.zeros_like(self.loss)
+
+    def add(self, loss: Tensor, mass: Tensor) -> None:
+        device = self.loss.device
+        self.loss = self.loss + loss.to(device, non_blocking=True)
+        self.mass = self.mass + mass.to(device, non_blocking=True)
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Both, which begin anew."""
+        taken = self.loss, self.mass
+        self.loss, self.mass = torch.zeros_like(self.loss), torch.zeros_like(self.mass)
+        return taken
 
 
 def wrong_ids(batches: Sequence[Batch], device: torch.device) -> Tensor | None:

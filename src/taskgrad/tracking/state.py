@@ -46,9 +46,9 @@ def _settings(tracker: TaskGradTracker) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Table:
-    """A tensor of the state; its name is where ``Steps`` has it. ``shape`` in terms of T tasks, K columns and P
-    parameters; ``wrong``
-    marks values that cannot be, given the other fields, and ``need`` says what they must be."""
+    """A tensor of the state; its name is where ``Steps`` has it. ``shape`` in terms of T tasks, S = T + 1, K columns
+    and P parameters; ``wrong`` marks values that cannot be, given the other fields, and ``need`` says what they must
+    be."""
 
     shape: tuple[str | int, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float64,)
@@ -94,6 +94,8 @@ TENSORS = {
     "memory.last_seen": _Table(
         ("T",), (torch.int64,), _wrong_last_seen, "-1 for tasks never seen, else from memory.count to the step count"
     ),
+    "carried.loss": _Table(("S",)),
+    "carried.mass": _Table(("S",), wrong=lambda mass, state: mass < 0, need="at least 0"),
     "overwriting.pull.sums": _SUMS,
     "overwriting.kept.sums": _SUMS,
     "overwriting.cosine.sums": _SUMS,
@@ -106,6 +108,8 @@ def state_of(tracker: TaskGradTracker) -> dict[str, Any]:
     state = {
         **_settings(tracker),
         "step": tracker._steps.count,
+        "last_unmeasured": tracker._steps.schedule.last,
+        "unmeasured": tracker._steps.schedule.unmeasured.tolist(),
         "verified": tracker._row_check.reason is None,
         # in the order of the columns: name, shape, number of columns, whether a step has used it, what its tap keeps
         "parameters": [
@@ -124,6 +128,8 @@ class Load:
 
     tracker: TaskGradTracker
     step: int
+    last_unmeasured: int
+    unmeasured: list[int]
     verified: bool
     probes: list[Probe]
     seen: list[bool]
@@ -141,7 +147,7 @@ class Load:
             setattr(attrgetter(owner)(steps), attr, value)
         tracker._row_check.resume(self.verified)
         tracker._batches.pending.clear()
-        steps.restart(self.step)
+        steps.restart(self.step, torch.tensor(self.unmeasured, dtype=torch.int64, device="cpu"), self.last_unmeasured)
 
 
 def check_state(tracker: TaskGradTracker, state: Mapping[str, Any]) -> Load:
@@ -156,7 +162,7 @@ def check_state(tracker: TaskGradTracker, state: Mapping[str, Any]) -> Load:
     for name, mine in settings.items():  # the version first: the fields of another one are others
         if _encoded(name, _field(state, name)) != _encoded(name, mine):
             raise ValueError(f"state_dict[{name!r}] is {_shown(state[name])}, this tracker has {mine!r}")
-    plain = [*settings, "step", "verified", "parameters", "left_out", "suspects"]
+    plain = [*settings, "step", "last_unmeasured", "unmeasured", "verified", "parameters", "left_out", "suspects"]
     fields = [*plain, *TENSORS]
     strange = [name for name in state if name not in (*fields, "digest")]
     if strange:
@@ -164,12 +170,24 @@ def check_state(tracker: TaskGradTracker, state: Mapping[str, Any]) -> Load:
     step, verified = _field(state, "step"), _field(state, "verified")
     if type(step) is not int or not 0 <= step < 1 << 62:
         raise ValueError(f"state_dict['step'] must be a number of steps, got {_shown(step)}")
+    last, unmeasured = _field(state, "last_unmeasured"), _field(state, "unmeasured")
+    if type(last) is not int or not 0 <= last <= step:
+        raise ValueError(f"state_dict['last_unmeasured'] must be the number of a step up to {step}, got {_shown(last)}")
+    if not isinstance(unmeasured, (list, tuple)) or len(unmeasured) != len(tracker.tasks):
+        raise ValueError(f"state_dict['unmeasured'] must hold a number for each task, got {_shown(unmeasured)}")
+    if any(type(n) is not int or not 0 <= n <= step for n in unmeasured):
+        raise ValueError(f"state_dict['unmeasured'] must hold numbers from 0 to {step}, got {_shown(unmeasured)}")
     if type(verified) is not bool:
         raise TypeError(f"state_dict['verified'] must be True or False, got {_shown(verified)}")
     left_out, suspects = (_check_reasons(tracker._probes, state, name) for name in ("left_out", "suspects"))
     probes, seen, keeps = _check_parameters(tracker._probes, _field(state, "parameters"), left_out)
     _check_digests(state, fields, plain)  # before what one that was changed would make look wrong
-    sizes = {"T": len(tracker.tasks), "K": sum(p.sketch.dim for p in probes), "P": len(probes)}
+    sizes = {
+        "T": len(tracker.tasks),
+        "S": len(tracker.tasks) + 1,
+        "K": sum(p.sketch.dim for p in probes),
+        "P": len(probes),
+    }
     for name, table in TENSORS.items():
         _check_form(name, _field(state, name), table, sizes)
     _check_digests(state, fields, fields)
@@ -180,7 +198,7 @@ def check_state(tracker: TaskGradTracker, state: Mapping[str, Any]) -> Load:
     device = next(iter(tracker._probes.params.values())).device  # the model may have been moved since track()
     with torch.inference_mode(False):  # or they could not be written to in the next step
         tensors = {name: state[name].detach().to(device, copy=True).contiguous() for name in TENSORS}
-    return Load(tracker, step, verified, probes, seen, keeps, left_out, suspects, tensors)
+    return Load(tracker, step, last, list(unmeasured), verified, probes, seen, keeps, left_out, suspects, tensors)
 
 
 def _shown(value: Any) -> str:

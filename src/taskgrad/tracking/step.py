@@ -172,13 +172,16 @@ class Pipeline:
         check = self.probes.mask(self.row_check.standing)
         wrong = torch.zeros((), dtype=torch.bool, device=step.gradient.device) if step.wrong is None else step.wrong
         loss = torch.where(counts.given, counts.loss, 0.0)
-        parts = [step.gradient, step.written, counts.weight, counts.mass, counts.entered, counts.examples, loss]
+        parts = [step.gradient, step.written, counts.weight, counts.mass, counts.entered, counts.examples]
+        parts += [loss, counts.loss_mass]
         parts += [~counts.given, step.flags, step.suspects, step.blamed, step.late, lost, seen, check, wrong]
-        gradient, written, weight, mass, entered, examples, loss, silent, *rest = all_reduce_flat(parts, self._group)
+        gradient, written, weight, mass, entered, examples, loss, loss_mass, silent, *rest = all_reduce_flat(
+            parts, self._group
+        )
         step.flags, step.suspects, step.blamed, step.late, lost, seen, check, step.wrong = rest
         kept = ~self.probes.spread(lost)
         step.gradient, step.written = gradient * kept / ranks, written * kept / ranks
-        step.counts = Counts(weight, mass, entered, examples, loss, ~silent)
+        step.counts = Counts(weight, mass, entered, examples, loss, loss_mass, ~silent)
         if self.probes.host:
             self._agree(step.probes, lost, seen)
             self.row_check.agree(check.tolist())
@@ -249,14 +252,15 @@ class Pipeline:
         self.probes.left_out.drop(probe.name, reason)
         self.memory.forget_columns(probe.columns)
 
-    def read(self, step: Step, theta: Tensor) -> None:
-        """The gradients against one another and against the memory; ``theta`` [K], where they were taken."""
+    def read(self, step: Step, theta: Tensor, last_unmeasured: int) -> None:
+        """The gradients against one another and against the memory; ``theta`` [K], where they were taken; effects are
+        split for tasks that were measured after step ``last_unmeasured``."""
         step.valid = ~step.flags.any()
         if step.wrong is not None:
             step.valid = step.valid & ~step.wrong
         to_mean = step.counts.to_mean
         step.gram = step.gram_source.value(step.gradient, step.gone, step.scale)
-        step.reading = self.memory.read(step.gradient, to_mean, theta)
+        step.reading = self.memory.read(step.gradient, to_mean, theta, last_unmeasured)
         if self.grams.exact_norms:
             norm = step.gram.diagonal()[:-1].clamp(min=0).sqrt() * to_mean
             step.reading = replace(step.reading, norm=torch.where(to_mean > 0, norm, torch.nan))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.amp import GradScaler
@@ -17,9 +18,10 @@ from ..report import StepReport, invalid_report
 from ..statistics.memory import TaskMemory
 from ..statistics.windows import Overwriting
 from .batches import Batch, Batches
-from .collected import Collected
+from .collected import Carried, Collected
 from .delivery import Delivery, Mailbox
 from .grams import ByParameter, Grams, OfBlock
+from .schedule import Schedule
 from .silence import Silence
 from .step import Pipeline, Step
 from .step_probe import StepProbe
@@ -41,6 +43,7 @@ class Steps:
         batches: Batches,
         row_check: RowCheck,
         *,
+        schedule: Schedule,
         memory_decay: float,
         loss_scale: GradScaler | Tensor | None,
         check_sums: bool,
@@ -49,6 +52,8 @@ class Steps:
     ) -> None:
         self.tasks, self.probes, self.batches = tasks, probes, batches
         self.count = 0
+        self.schedule = schedule
+        self.carried = Carried(len(tasks), probes.device)
         self.step_probe: StepProbe | None = None
         self.gradient: Tensor | None = None
         dtype = next(iter(probes.probes.values())).tap.dtype
@@ -67,9 +72,11 @@ class Steps:
 
     # -- before the step ----------------------------------------------------------------------------------------------
 
-    def restart(self, count: int) -> None:
+    def restart(self, count: int, unmeasured: Tensor, last_unmeasured: int) -> None:
         """Go on after step ``count`` with the memory and the columns that were just put in place."""
         self.count = count
+        self.schedule.resume(unmeasured, last_unmeasured)
+        self.batches.passed.clear()
         self.gradient, self._open, self.mail = None, None, Mailbox()
         self._collected, self.misfit = Collected(), None
         self.theta = self.probes.theta()
@@ -77,14 +84,27 @@ class Steps:
         self.memory.resume(widths[: self.memory.missed.shape[1]])
         if self.probes.width > self.memory.ema.shape[1]:
             self.memory.widen(widths, self.theta)
+        if not self._measured:
+            self.probes.rest()
 
     @property
     def moved_on(self) -> bool:
         """Whether a backward pass came after the statistics under way were collected."""
         return bool(self._collected.names) and self._collected.passes != self.probes.accumulation.count
 
+    def measures(self, ids: Tensor) -> bool:
+        """Whether the step that the batch with these ids belongs to is measured; the first one that trains decides."""
+        if torch.is_grad_enabled():
+            return self.schedule.enter(ids, self.count)
+        return self._measured
+
+    @property
+    def _measured(self) -> bool:
+        return self.schedule.measures(self.count)
+
     def begin(self) -> None:
-        """Before a batch: a step that did not come is given up, parameters that changed since are noticed."""
+        """Before a batch of a step that is measured: one that did not come is given up, parameters that changed since
+        are noticed."""
         self.abandon_if_vanished()
         between = not any(b.task_rows.backward for b in self.batches.pending)
         if between:
@@ -101,7 +121,8 @@ class Steps:
 
     @property
     def _due(self) -> bool:
-        return self.count < CHECK_FIRST or self.count % CHECK_EVERY == 0
+        measured = self.count // self.schedule.every
+        return measured < CHECK_FIRST or measured % CHECK_EVERY == 0
 
     def drop_unattributed(self, batch: Batch | None = None) -> None:
         """Parameters whose rows turned out not to be the batch's leave the memory too; where no layer had rows of
@@ -117,6 +138,8 @@ class Steps:
 
     def abandon_if_vanished(self) -> None:
         """Statistics whose gradients were zeroed before a step: the step will not come."""
+        if not self._measured:
+            return
         ran = [b for b in self.batches.pending if b.task_rows.backward]
         self.probes.accumulation.settle()
         if ran and not self.probes.dirty and not self._collected.names:
@@ -126,6 +149,8 @@ class Steps:
     def collect(self, params: Container[int] | None) -> None:
         """Take the statistics of the parameters with these ids (``None``: of all that are left): an optimizer is about
         to step on their gradients."""
+        if not self._measured:
+            return
         accumulation, taken = self.probes.accumulation, self._collected
         accumulation.settle(compare=False)
         self.drop_unattributed()
@@ -160,14 +185,18 @@ class Steps:
     def read(self) -> None:
         """All is taken: the step as far as it goes before the parameters move."""
         self._measure_before()
+        if not self._measured:
+            return
         step = self._collected_step()
         if step is None:
             return
         pipeline = self._pipeline
+        if self.schedule.every > 1:
+            step.counts.add_losses(*self.carried.take())
         pipeline.reduce(step)
         pipeline.validate(step)
         pipeline.check(step)
-        pipeline.read(step, self.theta)
+        pipeline.read(step, self.theta, self.schedule.last)
         self._open = step
 
     def close(self) -> None:
@@ -175,12 +204,19 @@ class Steps:
         step, self._open = self._open, None
         before = self.theta
         self._measure_after()
+        if not self._measured:
+            self._pass_by()
+            return
         if step is None:
+            self.schedule.begin_anew()
             return
         self.theta = self.probes.theta()
         self.count += 1
+        self.schedule.close(self.count, measured=True)
+        if self.schedule.every > 1:
+            self.probes.rest()
         self.gradient = step.gradient
-        if self.count <= CHECK_FIRST or self._due:
+        if self._due:
             self.probes.warn_of_gaps()
         rows = self._pipeline.write(step, self.count, before, self.theta)
         delivery = self._pipeline.report(step, rows, self.tasks, self.count, self.silence.hear)
@@ -188,6 +224,21 @@ class Steps:
         self._listen(step)
         if self.on_close is not None:
             self.on_close(delivery)
+
+    def _pass_by(self) -> None:
+        """A step that is not measured: its number counts, and the losses that it was told."""
+        passed, entered = list(self.batches.passed), self.batches.entered > 0
+        self.batches.passed.clear()
+        self.batches.entered = 0
+        if not entered:
+            self.silence.no_batch(entered=False)
+            return
+        self.silence.batch()
+        self.count += 1
+        self.schedule.close(self.count, measured=False)
+        for batch in passed:
+            if batch.trained and batch.task_losses is not None:
+                self.carried.add(batch.task_losses, batch.mass)
 
     def _collected_step(self) -> Step | None:
         """What was collected and the batches it is of; ``None`` where that is no step, which is said."""

@@ -27,6 +27,8 @@ def track(
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     *,
     mode: Mode = "sketch",
+    every: int = 1,
+    max_unmeasured: int | None = None,
     sketch_dim: int = 1024,
     memory_decay: float = 0.98,
     loss_scale: GradScaler | Tensor | None = None,
@@ -48,6 +50,13 @@ def track(
             between steps. Where a weight with one use then has a second one, these four are NaN in that step (on a GPU
             until its report has arrived), and one warning names it. "exact": all is exact, (T + 1) · P numbers for the
             taps, T · P for the memory and 2 · T · P float64 for the effects.
+        every: measure one optimizer step in so many, beginning with the first; the others run the plain forward and
+            backward pass and cost nothing. ``batch()`` is entered as ever, ``losses()`` of all steps are in the next
+            report, ``report()`` keeps the last measured step's. Memory, signal and overwrite ratio stay unbiased, with
+            fewer steps in them; effects are those since a task's last measured appearance, without the split into own
+            and others' (NaN, and ``retention`` with it) but between measured steps in a row.
+        max_unmeasured: measure a step, too, whose first batch holds a task that was in this many steps since it was
+            last measured; the ids must be on the CPU then, and it is for one rank.
         sketch_dim: numbers per parameter in sketch mode; smaller parameters are kept exactly.
         memory_decay: decay of the memory per appearance of a task, in [0, 1). A short memory mostly holds noise that
             the parameters have just moved along, which biases ``signal`` downwards: at 0.9 it is negative for tasks
@@ -65,6 +74,11 @@ def track(
         TypeError, ValueError: an argument of the wrong kind; the message says which and what it needs.
     """
     _check_settings(mode, sketch_dim, memory_decay, loss_scale, include)
+    _check_count("every", every)
+    if max_unmeasured is not None:
+        _check_count("max_unmeasured", max_unmeasured)
+        if world_size(process_group) > 1:
+            raise ValueError("max_unmeasured works on one rank: the ids of all say together which steps are measured")
     _check_tasks(tasks)
     trainable = _trainable(model)
     optimizers = _optimizers(optimizer, trainable)
@@ -81,6 +95,8 @@ def track(
             tasks,
             optimizers,
             mode=mode,
+            every=every,
+            max_unmeasured=max_unmeasured,
             sketch_dim=sketch_dim,
             memory_decay=memory_decay,
             loss_scale=loss_scale,
@@ -88,6 +104,13 @@ def track(
             process_group=process_group,
             include=include,
         )
+
+
+def _check_count(name: str, value: Any) -> None:
+    if type(value) is not int:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _check_tasks(tasks: Any) -> None:

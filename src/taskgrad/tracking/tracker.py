@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from ..capture.accumulation import in_backward
 from ..capture.root_hooks import RootHooks
 from ..capture.shared_row import make_plain
-from ..capture.task_rows import Rows
+from ..capture.task_rows import Rows, counts_by_task
 from ..checks.row_check import RowCheck
 from ..parameters.coverage import Coverage
 from ..parameters.probes import Probes
@@ -24,6 +25,7 @@ from .batch_arguments import check_batch, check_ids
 from .batches import Batch, Batches
 from .delivery import Delivery, Listener
 from .optimizer_hooks import StepHooks
+from .schedule import Schedule
 from .state import SKETCH_SEED, Load, check_state, state_of
 from .step_probe import StepProbe
 from .steps import Steps
@@ -41,6 +43,8 @@ class TaskGradTracker:
         optimizers: Sequence[Optimizer],
         *,
         mode: Mode,
+        every: int,
+        max_unmeasured: int | None,
         sketch_dim: int,
         memory_decay: float,
         loss_scale: GradScaler | Tensor | None,
@@ -65,6 +69,7 @@ class TaskGradTracker:
                 self._probes,
                 self._batches,
                 self._row_check,
+                schedule=Schedule(every, max_unmeasured, len(self.tasks)),
                 memory_decay=memory_decay,
                 loss_scale=loss_scale,
                 check_sums=verify,
@@ -72,6 +77,7 @@ class TaskGradTracker:
                 by_hand=not optimizers,
             )
             self._removed = False
+            self._doubtful: Batch | None = None  # of an unmeasured step, which only looked like an evaluation, maybe
             self._listener: Listener | None = None
             self._hooks = StepHooks(optimizers, self._steps) if optimizers else None
         except BaseException:
@@ -127,8 +133,16 @@ class TaskGradTracker:
         if self._removed:
             raise RuntimeError("this tracker was removed from the model; track() again")
         loss_weight = check_batch(ids, weight, weight_total, loss_weight, len(self.tasks))
-        rows = self._rows(ids, weight, weight_total)
-        return Batch(rows, weight, loss_weight, advance, self._enter, self._leave, self._ran)
+        return Batch(
+            ids,
+            weight,
+            loss_weight,
+            advance,
+            lambda: self._rows(ids, weight, weight_total),
+            self._enter,
+            self._leave,
+            self._ran,
+        )
 
     def _rows(self, ids: Tensor, weight: Tensor | None = None, total: float | Tensor | None = None) -> Rows:
         with torch.inference_mode(False):
@@ -138,7 +152,7 @@ class TaskGradTracker:
         """A backward pass ran through the batch, maybe one that had been given up, or looked like an evaluation
         (reentrant checkpointing of the whole model)."""
         batch.task_rows.backward = self._probes.accumulation.arrive()
-        if batch is not self._batches.active:
+        if batch is not self._batches.open:
             self._count(batch)
         if all(b is not batch for b in self._batches.pending):
             self._batches.pending.append(batch)
@@ -154,41 +168,58 @@ class TaskGradTracker:
         return self._batches.regroup(make)
 
     def _enter(self, batch: Batch) -> None:
-        if self._batches.active is not None:
+        if self._batches.open is not None:
             raise RuntimeError("tracker.batch() is open already; leave it before the next batch begins")
-        if self._hooks is not None:
-            self._hooks.stay_last()
-        with torch.inference_mode(False):  # what training writes later, also where this is an evaluation
-            self._steps.begin()
-        self._batches.enter(batch)
+        measured = self._steps.measures(batch.ids)
+        if measured:
+            if self._hooks is not None:
+                self._hooks.stay_last()
+            with torch.inference_mode(False):  # what training writes later, also where this is an evaluation
+                self._steps.begin()
+        self._batches.enter(batch, measured)
         self._with_gradients = self._without_gradients = False
+        self._doubtful = None
         self._root.put()
-        self._row_check.enter(batch.task_rows)
+        if measured:
+            self._row_check.enter(batch.task_rows)
 
     def _leave(self, batch: Batch, failed: bool) -> None:
+        measured = self._batches.active is not None
         self._batches.leave(batch, failed)
         self._root.take_away()
+        if measured:
+            self._check_rows(batch, failed)
+        evaluation = not batch.graded or (self._without_gradients and not self._with_gradients)
+        if failed or not evaluation or (measured and batch.task_rows.backward):
+            self._count(batch)
+        elif batch.graded and not measured:
+            self._doubtful = batch
+            self._root.put()
+
+    def _check_rows(self, batch: Batch, failed: bool) -> None:
+        """What a batch that is left says of the rows of the layers."""
         tried = self._row_check.leave(failed)
         self._steps.drop_unattributed(batch)
         if tried and self._row_check.given_up:
             warnings.warn(
                 f"taskgrad: the rows of the layers were not verified: {self._row_check.reason}; call "
                 "tracker.verify(*inputs) inside tracker.batch() with a batch that can tell, or pass verify=False",
-                stacklevel=4,
+                stacklevel=5,
             )
-        evaluation = not batch.graded or (self._without_gradients and not self._with_gradients)
-        if failed or not evaluation or batch.task_rows.backward:
-            self._count(batch)
 
     def _count(self, batch: Batch) -> None:
+        batch.trained = True
         if self._listener is not None and batch.advance:
             batch.advance = False
-            self._listener.counted(batch.task_rows.counts)
+            self._listener.counted(counts_by_task(batch.ids, len(self.tasks)))
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model's forward begins."""
         if torch.is_grad_enabled():
             self._with_gradients = True
+            if self._doubtful is not None and in_backward():  # reentrant checkpointing of the whole model
+                self._count(self._doubtful)
+                self._doubtful = None
         else:
             self._without_gradients = True
 
@@ -209,8 +240,8 @@ class TaskGradTracker:
 
     def _closed(self, delivery: Delivery) -> None:
         if self._listener is not None:
-            active = self._batches.active
-            self._listener.closed(delivery, self._lr(), active is not None and active.advance)
+            batch = self._batches.open
+            self._listener.closed(delivery, self._lr(), batch is not None and batch.advance)
 
     def _lr(self) -> Callable[[], float | None]:
         """The learning rate that the step was taken with; on a GPU it is read when it is needed."""
@@ -268,9 +299,9 @@ class TaskGradTracker:
         which the model and the random states are as before; ``taskgrad.checks.undisturbed.Snapshot`` says what that
         covers.
         """
-        if self._batches.active is None:
+        if self._batches.open is None:
             raise RuntimeError("verify() needs the ids: call it inside `with tracker.batch(ids):`")
-        self._row_check.by_hand(self._batches.active.task_rows, args, kwargs)
+        self._row_check.by_hand(self._batches.open.task_rows, args, kwargs)
         return self.coverage()
 
     def probe(self, loss: Callable[[], Tensor]) -> StepProbe:
@@ -282,7 +313,8 @@ class TaskGradTracker:
     def under_way(self) -> int:
         """Batches whose gradients wait for the step that they belong to."""
         self._steps.abandon_if_vanished()
-        return sum(batch.task_rows.backward > 0 for batch in self._batches.pending)
+        ran = sum(batch.task_rows.backward > 0 for batch in self._batches.pending)
+        return ran + sum(batch.trained for batch in self._batches.passed)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes numbers: settings, memory, windows, what was left out; plain values and CPU tensors.
@@ -306,7 +338,7 @@ class TaskGradTracker:
             self._check_load(state).commit()
 
     def _check_load(self, state: Mapping[str, Any]) -> Load:
-        if self._batches.active is not None:
+        if self._batches.open is not None:
             raise RuntimeError("load_state_dict() would pull the batch away: call it outside of tracker.batch()")
         return check_state(self, state)
 
