@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from ._text import printable
 from .capture.sketch import SketchMap
 from .statistics.cosine import cosine_error
 
+Floats = npt.NDArray[np.float64]
 NAME_WIDTH = 40  # characters of a task's name in the table
 
 
@@ -223,7 +226,7 @@ if StepReport.__doc__ is not None:  # python -OO has none
     StepReport.__doc__ += "\n".join(["\n    Attributes:", *(_documented(*item) for item in ROWS.items()), "    "])
 
 
-def gather(statistics: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def gather(statistics: Mapping[str, Mapping[str, Floats]]) -> dict[str, Floats]:
     """The values of the rows, by name, from the statistics that fill them, also by name; others are ignored."""
     return {name: statistics[row.by][name] for name, row in STATISTICS.items() if row.by is not None}
 
@@ -231,18 +234,19 @@ def gather(statistics: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def arrived_report(
     tasks: tuple[str, ...],
     step: int,
-    values: Mapping[str, Tensor],
+    values: Mapping[str, Floats],
+    flags: Mapping[str, bool],
     reason: str | None,
     sketches: weakref.ReferenceType[Sketches] | None,
 ) -> StepReport:
-    """The report of a step from ``values`` of its rows and their flags, all on the host; with a ``reason`` it is not
-    valid."""
+    """The report of a step from ``values`` of its rows and the ``flags`` that these name, all on the host; with a
+    ``reason`` it is not valid."""
     found: dict[str, Tensor | None] = {}
     for name, row in STATISTICS.items():
-        value = values[name]
+        value = torch.from_numpy(values[name])
         if row.whole and value.is_floating_point() and not bool(value.isnan().any()):
             value = value.long()
-        found[name] = None if row.given is not None and not bool(values[row.given]) else value
+        found[name] = None if row.given is not None and not flags[row.given] else value
     if reason is not None:
         return invalid_report(tasks, step, reason, found)
     return StepReport(tasks=tasks, step=step, valid=True, reason=None, _sketches=sketches, **found)  # type: ignore[arg-type]

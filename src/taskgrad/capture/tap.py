@@ -64,8 +64,10 @@ class TapLayout:
 
     def sketches(self, stats: Tensor) -> Tensor:
         """The tasks' parts of the gradient, sketched: [T + 1, dim]."""
-        values = stats[:, : self._values]
-        return self.sketch(values.unflatten(1, self.sketch.shape)) if self.holds_parts else values
+        values = stats[:, : self._values] if self.counts_uses else stats
+        if self.keeps in ("parts", "counted parts"):
+            return self.sketch(values.unflatten(1, self.sketch.shape))
+        return values
 
     def gram(self, stats: Tensor) -> Tensor:
         """Their exact Gram [T + 1, T + 1]; with ``keeps="gram"`` right where ``uses`` is 1. Not there with ``"sketch"``

@@ -45,12 +45,13 @@ class Columns:
 
     def block(self, taps: Mapping[str, Tensor]) -> Tensor:
         """Statistics G [T + 1, K] from those of the parameters by name; zero where there are none."""
-        dtype = torch.float64 if any(p.tap.dtype == torch.float64 for p in self.probes.values()) else torch.float32
-        out = torch.zeros(self.num_tasks + 1, self.width, dtype=dtype, device=self.device)
-        for name, tap in taps.items():
-            probe = self.probes[name]
-            out[:, probe.columns] = probe.layout.sketches(tap)
-        return out
+        parts = []
+        for name, probe in self.probes.items():
+            if name in taps:
+                parts.append(probe.layout.sketches(taps[name]))
+            else:
+                parts.append(probe.tap.new_zeros(()).expand(self.num_tasks + 1, probe.sketch.dim))
+        return torch.cat(parts, 1)
 
     def theta(self) -> Tensor:
         """Sketch of the parameters themselves, [K] in float64: differences of it are sketches of updates."""

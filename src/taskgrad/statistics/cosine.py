@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..capture.sketch import SketchMap
 
+Floats = npt.NDArray[np.float64]
 
-def cosines(gram: Tensor) -> tuple[Tensor, Tensor]:
+
+@np.errstate(all="ignore")
+def cosines(gram: Floats) -> tuple[Floats, Floats]:
     """From the Gram of tasks and rest [T + 1, T + 1]: the cosine [T, T] and cos(g − g_t, g_t) [T]; NaN for zero
     vectors."""
-    tasks = gram.shape[0] - 1
+    tasks = len(gram) - 1
     square = gram.diagonal()
-    norm = torch.where(square > 0, square, torch.nan).sqrt()
+    norm = np.sqrt(np.where(square > 0, square, np.nan))
     with_all = gram.sum(1)
     others_square = gram.sum() - 2 * with_all + square
     # a difference of large numbers: without other rows it is rounding
-    others = torch.where(others_square > 1e-12 * gram.diagonal().sum(), others_square, torch.nan).sqrt()
+    others = np.sqrt(np.where(others_square > 1e-12 * square.sum(), others_square, np.nan))
     cosine = gram / (norm[:, None] * norm[None, :])
     return cosine[:tasks, :tasks], ((with_all - square) / (norm * others))[:tasks]
 

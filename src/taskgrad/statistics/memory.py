@@ -12,7 +12,6 @@ are unbiased, because the noise of the fresh batch is independent of the path. A
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,20 +19,6 @@ from torch import Tensor
 from ..ops import memory_dot
 
 COLUMNS = 1 << 14  # worked on at a time, so that what is between two passes stays in the cache
-
-
-@dataclass
-class Reading:
-    """What one step's gradients say against the memory, by the names of a report's rows; float64, NaN where
-    undefined."""
-
-    norm: Tensor  # ‖ḡ_t‖ [T]
-    signal: Tensor  # ⟨m_t, ḡ_t⟩ [T]
-    memory_dot: Tensor  # ⟨m_t, g_s⟩ [T, T + 1], the last column is rest
-    own_effect: Tensor  # [T]
-    others_effect: Tensor  # [T]
-    update_effect: Tensor  # [T], of both
-    curvature: Tensor  # ½⟨ḡ_t(k) − m_t, θ_k − θ_j⟩ [T]
 
 
 class TaskMemory:
@@ -100,25 +85,26 @@ class TaskMemory:
         bias = 1 - self.decay ** count.double()
         return torch.where(count > 0, 1 / bias, 0.0)
 
-    def read(self, gradient: Tensor, to_mean: Tensor, theta: Tensor, last_unmeasured: int = 0) -> Reading:
-        """Products of the step's gradients with the memory.
+    def read(self, gradient: Tensor, to_mean: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Products of the step's gradients with the memory, in float64, of every task and meaningless where it has no
+        memory or is not in the step.
 
         Args:
             gradient: G [T + 1, K], the last row is rest.
             to_mean: [T], float64, what makes g_t the mean gradient ḡ_t: Σw / Σ_{rows of t} w; 0 for absent tasks.
             theta: [K], float64, the parameters the gradients were taken at.
-            last_unmeasured: number of the last step that this memory has not seen; 0 for none. Of tasks that it has
-                seen before only, what they did themselves and what the others did is one.
+
+        Returns:
+            ⟨m_t, g_s⟩ [T, T + 1], and [5, T]: ‖ḡ_t‖², ⟨m_t, ḡ_t⟩, own_t, others_t and ½⟨ḡ_t − m_t, θ − θ_j⟩.
         """
         tasks = self.count.shape[0]
-        present, had = to_mean > 0, self.count > 0
         correction = self._correction()
         dtype = torch.promote_types(self.ema.dtype, gradient.dtype)  # they differ once the model was moved to float64
         if self.uneven:
             dots = memory_dot((self.ema * correction).to(dtype), gradient.to(dtype))
         else:
             dots = memory_dot(self.ema.to(dtype), gradient.to(dtype)) * correction
-        square, signal, own, others, bend = torch.zeros(5, tasks, dtype=torch.float64, device=gradient.device)
+        square, signal, own, others, bend = sums = torch.zeros(5, tasks, dtype=torch.float64, device=gradient.device)
         for c in self._chunks():
             g = gradient[:, c].double()
             mean = g[:tasks] * to_mean[:, None]
@@ -129,20 +115,7 @@ class TaskMemory:
             own += (mean * (after - before)).sum(1)
             others += (mean * (here - after)).sum(1)
             bend += 0.5 * ((mean - memory) * (here - before)).sum(1)
-        nan = torch.full((), torch.nan, dtype=torch.float64, device=gradient.device)
-        both = present & had
-        split = both & (self.last_seen > last_unmeasured)
-        effect = torch.where(both, own + others, nan)
-        own, others = torch.where(split, own, nan), torch.where(split, others, nan)
-        return Reading(
-            norm=torch.where(present, square.sqrt(), nan),
-            signal=torch.where(both, signal, nan),
-            memory_dot=torch.where(had[:, None], dots, nan),
-            own_effect=own,
-            others_effect=others,
-            update_effect=effect,
-            curvature=torch.where(both, bend, nan),
-        )
+        return dots, sums
 
     def write(
         self,
@@ -154,7 +127,8 @@ class TaskMemory:
         step: int,
         left_out: Tensor | None = None,
     ) -> Tensor:
-        """Enter the step, and say what it did to every task by the memory as it was: ⟨m_t, θ_{k+1} − θ_k⟩ [T].
+        """Enter the step, and say what it did to every task by the memory as it was: ⟨m_t, θ_{k+1} − θ_k⟩ [T], 0 for a
+        task without.
 
         Args:
             gradient: G [T + 1, K].
@@ -179,7 +153,6 @@ class TaskMemory:
             ema.copy_(torch.where(enters, self.decay * ema + (1 - self.decay) * mean, ema))
             self.before[:, c] = torch.where(row, before[c], self.before[:, c])
             self.after[:, c] = torch.where(row, after[c], self.after[:, c])
-        predicted = torch.where(self.count > 0, predicted, torch.nan)
         if left_out is not None:
             self.missed = self.missed + seen[:, None] * left_out
             self.uneven = True

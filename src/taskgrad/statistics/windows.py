@@ -6,92 +6,100 @@ At a stationary point of the mixture every unfinished task has ρ → 1, so 1 is
 
 Retention: 1 − undone_t / gained_t with gained_t = −Σ own_t and undone_t = Σ others_t over the window's appearances of
 t.
+
+On the host and in NumPy: these are a few numbers by task.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 WINDOW_STEPS = 200  # horizon of the overwrite ratio, in steps
 WINDOW_APPEARANCES = 50  # horizon of what was kept, in appearances of the task
+_quiet = np.errstate(all="ignore")  # 0 / 0 is how a window says that it is empty
 
 
 class Moments:
-    """Exponentially weighted moments of pairs (x, y), one pair per task and entry."""
+    """Exponentially weighted moments of pairs (x, y), one pair per entry of ``shape``; ``horizon``, which broadcasts to
+    that, in additions."""
 
-    def __init__(self, num_tasks: int, horizon: int, device: torch.device) -> None:
-        self.decay = 1 - 1 / horizon
-        self.sums = torch.zeros(7, num_tasks, dtype=torch.float64, device=device)
+    def __init__(self, shape: tuple[int, ...], horizon: npt.ArrayLike) -> None:
+        decay = np.broadcast_to(1 - 1 / np.asarray(horizon, dtype=np.float64), shape)
+        self._decay = np.stack([decay, decay**2, *[decay] * 5])
+        self.sums = np.zeros((7, *shape))  # of 1 and 1² times the weights, x, y, x², y², xy
 
-    def add(self, x: Tensor, y: Tensor, mask: Tensor) -> None:
-        """Enter x, y [T] where ``mask`` [T]; elsewhere the window stands still."""
-        decay = torch.full((7, 1), self.decay, dtype=torch.float64, device=x.device)
-        decay[1] = self.decay**2
-        ones = torch.ones_like(x)
-        entry = torch.stack([ones, ones, x, y, x * x, y * y, x * y])
-        self.sums = torch.where(mask, self.sums * decay + entry, self.sums)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.sums[0]
+    @_quiet
+    def add(self, x: Floats, y: Floats, mask: Bools) -> None:
+        """Enter x, y where ``mask``; elsewhere the window stands still."""
+        entry = np.stack([np.ones_like(x), np.ones_like(x), x, y, x * x, y * y, x * y])
+        self.sums = np.where(mask, self.sums * self._decay + entry, self.sums)
 
     @property
-    def mean(self) -> tuple[Tensor, Tensor]:
-        return self.sums[2] / self.sums[0], self.sums[3] / self.sums[0]
+    def weight(self) -> Floats:
+        weight: Floats = self.sums[0]
+        return weight
 
     @property
-    def covariance(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    @_quiet
+    def mean(self) -> Floats:
+        """Of x and of y, stacked."""
+        x_and_y: Floats = self.sums[2:4] / self.sums[0]
+        return x_and_y
+
+    @property
+    @_quiet
+    def covariance(self) -> tuple[Floats, Floats, Floats, Floats]:
         """Unbiased var(x), var(y), cov(x, y), and the effective number of entries."""
         w, w2, _, _, xx, yy, xy = self.sums
         x, y = self.mean
         n = w * w / w2
-        fix = torch.where(n > 1.5, n / (n - 1), torch.nan)
+        fix = np.where(n > 1.5, n / (n - 1), np.nan)
         return (xx / w - x * x) * fix, (yy / w - y * y) * fix, (xy / w - x * y) * fix, n
 
-    def ratio(self) -> tuple[Tensor, Tensor]:
+    @_quiet
+    def ratio(self) -> tuple[Floats, Floats]:
         """x̄ / ȳ and its standard error (delta method); NaN unless ȳ exceeds two of its standard errors."""
         x, y = self.mean
         var_x, var_y, cov, n = self.covariance
-        sure = y > 2 * (var_y.clamp(min=0) / n).sqrt()
-        ratio = torch.where(sure, x / y, torch.nan)
-        spread = (var_x - 2 * ratio * cov + ratio**2 * var_y).clamp(min=0)
-        return ratio, (spread / n).sqrt() / y
+        sure = y > 2 * np.sqrt(var_y.clip(min=0) / n)
+        ratio = np.where(sure, x / y, np.nan)
+        spread = (var_x - 2 * ratio * cov + ratio**2 * var_y).clip(min=0)
+        return ratio, np.sqrt(spread / n) / y
 
 
 class Overwriting:
     """The windows of a tracker: pull of the others, what was kept, and the cosine to the rest of the batch."""
 
-    def __init__(self, num_tasks: int, device: torch.device) -> None:
-        self.pull = Moments(num_tasks, WINDOW_STEPS, device)
-        self.kept = Moments(num_tasks, WINDOW_APPEARANCES, device)
-        self.cosine = Moments(num_tasks, WINDOW_APPEARANCES, device)
+    def __init__(self, num_tasks: int) -> None:
+        self.moments = Moments((3, num_tasks), [[WINDOW_STEPS], [WINDOW_APPEARANCES], [WINDOW_APPEARANCES]])
 
-    def add(self, memory_dot: Tensor, own: Tensor, others: Tensor, cosine: Tensor, valid: Tensor) -> None:
+    def add(self, memory_dot: Floats, own: Floats, others: Floats, cosine: Floats) -> None:
         """Enter a step: memory_dot [T, T + 1]; own and others effect and cos(g − g_t, g_t), [T], NaN where
         undefined."""
         mine = memory_dot.diagonal()
         rest = memory_dot.sum(1) - mine
-        self.pull.add(-rest, mine, valid & torch.isfinite(mine) & torch.isfinite(rest))
-        self.kept.add(others, -own, valid & torch.isfinite(own) & torch.isfinite(others))
-        self.cosine.add(cosine, cosine, valid & torch.isfinite(cosine))
+        x, y = np.stack([-rest, others, cosine]), np.stack([mine, -own, cosine])
+        self.moments.add(x, y, np.isfinite(x) & np.isfinite(y))
 
-    def read(self) -> dict[str, Tensor]:
+    def read(self) -> dict[str, Floats]:
         """The windowed fields of ``StepReport``, [T] each."""
-        ratio, error = self.pull.ratio()
-        pull, own_pull = self.pull.mean
-        undone_ratio, retention_se = self.kept.ratio()
-        undone, gained = (m * self.kept.weight for m in self.kept.mean)
-        spread, _, _, _ = self.cosine.covariance
+        (ratio, undone_ratio, _), (error, retention_se, _) = self.moments.ratio()
+        (pull, undone, cosine), (own_pull, gained, _) = self.moments.mean
+        kept = self.moments.weight[1]
+        spread = self.moments.covariance[0][2]
         return {
-            "overwrite": ratio.clamp(min=0),
+            "overwrite": ratio.clip(min=0),
             "overwrite_se": error,
             "pull": pull,
             "own_pull": own_pull,
-            "gained": gained,
-            "undone": undone,
+            "gained": gained * kept,
+            "undone": undone * kept,
             "retention": 1 - undone_ratio,
             "retention_se": retention_se,
-            "others_cosine_mean": self.cosine.mean[0],
-            "others_cosine_std": spread.clamp(min=0).sqrt(),
+            "others_cosine_mean": cosine,
+            "others_cosine_std": np.sqrt(spread.clip(min=0)),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -45,10 +46,11 @@ class Counts:
 
 def counts_of(batches: Sequence[Batch], num_tasks: int, device: torch.device) -> Counts:
     """What a step's batches add up to, on the device."""
-    zero = torch.zeros(num_tasks + 1, dtype=torch.float64, device=device)
 
     def total(parts: list[Tensor]) -> Tensor:
-        return torch.stack([zero, *(p.to(device, non_blocking=True) for p in parts)]).sum(0)
+        if not parts:
+            return torch.zeros(num_tasks + 1, dtype=torch.float64, device=device)
+        return functools.reduce(torch.add, [p.to(device, non_blocking=True) for p in parts])
 
     losses = [b.task_losses for b in batches if b.task_losses is not None]
     mass = total([b.mass for b in batches])

@@ -16,21 +16,26 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..capture.sketch import SketchMap
 from ..report import Sketches, StepReport, arrived_report
+from ..statistics.figures import Values
 from .batch_arguments import ids_range
 from .validity import because
 
 
 class Delivery:
-    """One step's tensors, copied to the host in the background.
+    """What one step brings to the host: copied in the background, in one piece; worked out when it lands, in the order
+    of the steps.
 
     Args:
-        values: tensors on the device: of the report's rows, by name, and ``valid``, ``flags`` (why a step is not),
-            ``losses`` (whether they were entered), ``block`` [T, K], which stays where it is, and, which may be
-            missing, ``wrong`` (ids or weights that are none) and ``uses`` (how often parameters were used).
-        maps: of the parameters, in the order of the block's columns.
+        values: tensors on the device, by name: what ``tell`` needs; ``valid``, ``flags`` (why a step is not),
+            ``losses`` (whether they were entered) and, which may be missing, ``wrong`` (ids or weights that are none)
+            and ``uses`` (how often parameters were used).
+        sketches: of the step's gradients, from which an error can be computed; ``None`` where nothing is sketched.
+        tell: the rows of the report from the values.
         built: is told of the report.
+
+    Attributes:
+        values: on the host, once it has arrived.
     """
 
     def __init__(
@@ -38,23 +43,30 @@ class Delivery:
         tasks: tuple[str, ...],
         step: int,
         values: Mapping[str, Tensor],
-        maps: tuple[SketchMap, ...],
+        sketches: Sketches | None,
+        tell: Callable[[Values], Values],
         built: Callable[[StepReport], None],
     ) -> None:
-        self.tasks, self.step, self._built = tasks, step, built
-        device = values["valid"].device
-        values = dict(values)
-        block = values.pop("block")
-        # without sketching there is no error to compute
-        self.sketches = None if all(m.exact for m in maps) else Sketches(block, maps)
-        self._sketched = None if self.sketches is None else weakref.ref(self.sketches)
+        self.tasks, self.step, self._tell, self._built = tasks, step, tell, built
+        self.sketches = sketches
+        self._sketched = None if sketches is None else weakref.ref(sketches)
+        self.before: Delivery | None = None  # the step before, until it has landed
         self.event: torch.cuda.Event | None = None
+        device = values["valid"].device
         if device.type == "cuda":
-            self.values = {k: v.to("cpu", non_blocking=True) for k, v in values.items()}
+            self._shapes = {name: value.shape for name, value in values.items()}
+            packed = torch.cat([value.double().reshape(-1) for value in values.values()])
+            self._packed = packed.to("cpu", non_blocking=True)
             self.event = torch.cuda.Event()
             self.event.record(torch.cuda.current_stream(device))
         else:
-            self.values = values
+            self.values = {name: value.numpy() for name, value in values.items()}
+
+    @cached_property
+    def values(self) -> Values:
+        self.wait()
+        parts = self._packed.split([shape.numel() for shape in self._shapes.values()])
+        return {n: p.view(s).numpy() for (n, s), p in zip(self._shapes.items(), parts, strict=True)}
 
     @property
     def arrived(self) -> bool:
@@ -64,26 +76,38 @@ class Delivery:
         if self.event is not None:
             self.event.synchronize()
 
+    def land(self) -> None:
+        """Work out what was brought, after all that came before; waits for it."""
+        _ = self._rows
+
+    @cached_property
+    def _rows(self) -> Values:
+        chain = []
+        earlier, self.before = self.before, None
+        while earlier is not None:
+            chain.append(earlier)
+            earlier, chain[-1].before = earlier.before, None
+        for delivery in reversed(chain):
+            delivery.land()
+        return self._tell(self.values)
+
     @cached_property
     def report(self) -> StepReport:
         """The report; waits for it. Raises ValueError where ids or weights on the GPU were wrong: they are seen only
         now."""
-        self.wait()
         report = self._build()
         self._built(report)
         return report
 
     def _build(self) -> StepReport:
-        values = self.values
-        if "wrong" in values and bool(values["wrong"]):
+        rows, values = self._rows, self.values
+        if values.get("wrong"):
             raise ValueError(
                 f"step {self.step}: {ids_range(len(self.tasks))}, and weights must be finite and not negative; "
                 "for values on a GPU this is seen only when the report arrives: pass them on the CPU to find the batch"
             )
-        reason = None
-        if not bool(values["valid"]):
-            reason = because(values["flags"].tolist())
-        return arrived_report(self.tasks, self.step, values, reason, self._sketched)
+        reason = None if values["valid"] else because(values["flags"].tolist())
+        return arrived_report(self.tasks, self.step, rows, {"losses": bool(values["losses"])}, reason, self._sketched)
 
 
 class Listener(Protocol):
@@ -107,12 +131,21 @@ class Mailbox:
     def __init__(self) -> None:
         self.report: StepReport | None = None
         self._sketches: Sketches | None = None
+        self._last: Delivery | None = None
         self._on_the_way: deque[Delivery] = deque()
 
     def send(self, delivery: Delivery) -> None:
+        delivery.before, self._last = self._last, delivery
         self._sketches = None
         self._take()
         self._on_the_way.append(delivery)
+        if delivery.event is None:
+            delivery.land()
+
+    def land(self) -> None:
+        """Wait for all that was sent, and have it worked out."""
+        if self._last is not None:
+            self._last.land()
 
     def put(self, report: StepReport) -> None:
         """A report that needs no delivery; it supersedes what is on the way."""
@@ -128,7 +161,9 @@ class Mailbox:
     def _take(self, build: bool = False) -> None:
         """Drop what a newer arrival supersedes; build the newest arrival when asked."""
         while len(self._on_the_way) > 1 and self._on_the_way[1].arrived:
-            self._on_the_way.popleft().sketches = None  # whoever else waits for it must not keep them
+            superseded = self._on_the_way.popleft()
+            superseded.land()
+            superseded.sketches = None  # whoever else waits for it must not keep them
         if build and self._on_the_way and self._on_the_way[0].arrived:
             delivery = self._on_the_way.popleft()
             self.report, self._sketches = delivery.report, delivery.sketches

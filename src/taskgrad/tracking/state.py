@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -81,8 +83,6 @@ def _wrong_sums(sums: Tensor, state: Mapping[str, Any]) -> Tensor:
     return wrong
 
 
-_SUMS = _Table((7, "T"), wrong=_wrong_sums, need="weights from 0 to the step count and squares of at least 0")
-
 # a field that is added here is saved, checked and loaded
 TENSORS = {
     # the dtype it was begun with stays, also where the model was moved to another one
@@ -96,15 +96,16 @@ TENSORS = {
     ),
     "carried.loss": _Table(("S",)),
     "carried.mass": _Table(("S",), wrong=lambda mass, state: mass < 0, need="at least 0"),
-    "overwriting.pull.sums": _SUMS,
-    "overwriting.kept.sums": _SUMS,
-    "overwriting.cosine.sums": _SUMS,
+    "overwriting.moments.sums": _Table(
+        (7, 3, "T"), wrong=_wrong_sums, need="weights from 0 to the step count and squares of at least 0"
+    ),
 }
 
 
 def state_of(tracker: TaskGradTracker) -> dict[str, Any]:
     """See ``TaskGradTracker.state_dict``."""
     probes = tracker._probes
+    tracker._steps.mail.land()
     state = {
         **_settings(tracker),
         "step": tracker._steps.count,
@@ -117,9 +118,13 @@ def state_of(tracker: TaskGradTracker) -> dict[str, Any]:
         ],
         "left_out": dict(probes.left_out.reasons),
         "suspects": dict(probes.left_out.suspects),
-        **{name: attrgetter(name)(tracker._steps).detach().to("cpu", copy=True) for name in TENSORS},
+        **{name: _saved(attrgetter(name)(tracker._steps)) for name in TENSORS},
     }
     return {**state, "digest": _digests(state)}
+
+
+def _saved(value: Tensor | npt.NDArray[np.float64]) -> Tensor:
+    return torch.as_tensor(value).detach().to("cpu", copy=True)
 
 
 @dataclass
@@ -144,7 +149,8 @@ class Load:
         tracker._probes.adopt(self.probes, self.seen, self.keeps, self.left_out, self.suspects)
         for name, value in self.tensors.items():
             owner, attr = name.rsplit(".", 1)
-            setattr(attrgetter(owner)(steps), attr, value)
+            on_host = isinstance(attrgetter(name)(steps), np.ndarray)
+            setattr(attrgetter(owner)(steps), attr, value.cpu().numpy() if on_host else value)
         tracker._row_check.resume(self.verified)
         tracker._batches.pending.clear()
         steps.restart(self.step, torch.tensor(self.unmeasured, dtype=torch.int64, device="cpu"), self.last_unmeasured)

@@ -7,7 +7,7 @@ of ``Pipeline`` that adds to the ``Step``. Nothing waits for a GPU, but on the f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -19,9 +19,9 @@ from ..capture import Probe
 from ..checks.row_check import RowCheck
 from ..checks.sums import differing, tolerances, unlike
 from ..parameters.probes import UNSEEN, Probes
-from ..report import StepReport, gather
-from ..statistics.cosine import cosines
-from ..statistics.memory import Reading, TaskMemory
+from ..report import Sketches, StepReport, gather
+from ..statistics.figures import Values, figures
+from ..statistics.memory import TaskMemory
 from ..statistics.windows import Overwriting
 from .batches import Batch
 from .collected import Collected, Counts, counts_of, wrong_ids
@@ -29,8 +29,6 @@ from .delivery import Delivery
 from .distributed import all_reduce_flat
 from .grams import Grams, StepGram
 from .validity import REASONS
-
-_AT = {name: index for index, name in enumerate(REASONS)}
 
 
 @dataclass
@@ -45,18 +43,22 @@ class Step:
         scale: what the loss was multiplied with, or ``None``.
         counts: of the step's batches.
         wrong: ids or weights that are none, bool; ``None`` where they were checked.
-        flags: bool, one for each of ``REASONS``: why the step is not valid.
+        flags: which of ``REASONS`` hold, as far as the host knows.
+        found: the same as far as only the device does, bool.
         written: [K] float64, the sketch of ``param.grad``; ``None`` where nobody but backward passes wrote it.
-        limit: [P], by how much sums over tasks may differ from gradients.
-        suspects: bool [P], at which something else arrived than the sum over tasks.
+        limit: [P], by how much sums over tasks may differ from gradients, where they are compared.
+        suspects: bool [P], at which something else arrived than the sum over tasks, where that was compared.
         blamed: bool [P], which may be the ones to blame where ``param.grad`` is not the sum over tasks.
-        waiting, late: of layers whose rows are still to be checked, by name, and bool [P].
+        late: bool [P], of layers whose rows are still to be checked; ``None`` for none.
         kept: bool [P], whose gradient is not zero; ``None`` where nobody looked.
         left_out: bool [P], or ``None`` for none.
         gone: bool [P], which are zero in the gradient.
+        all: ``all_flags()`` of the whole step.
         valid: whether the numbers are to be believed, bool.
         gram: [T + 1, T + 1].
-        reading: of the memory.
+        dots, sums: products with the memory, see ``TaskMemory.read``.
+        had: bool [T], tasks with a memory.
+        split: bool [T], whose effects are known apart.
     """
 
     probes: list[Probe]
@@ -66,23 +68,39 @@ class Step:
     scale: Tensor | None
     counts: Counts
     wrong: Tensor | None
-    flags: Tensor
+    flags: set[str]
     written: Tensor | None
-    limit: Tensor
-    suspects: Tensor
-    blamed: Tensor
-    waiting: set[str]
-    late: Tensor
+    limit: Tensor | None
+    suspects: Tensor | None
+    blamed: Tensor | None
+    late: Tensor | None
+    found: dict[str, Tensor] = field(default_factory=dict)
     kept: Tensor | None = None
     left_out: Tensor | None = None
     gone: Tensor = field(init=False)
+    all: Tensor = field(init=False)
     valid: Tensor = field(init=False)
     gram: Tensor = field(init=False)
-    reading: Reading = field(init=False)
+    dots: Tensor = field(init=False)
+    sums: Tensor = field(init=False)
+    had: Tensor = field(init=False)
+    split: Tensor = field(init=False)
 
     def mark(self, reason: str, found: Tensor | bool = True) -> None:
         """The step is not valid for this reason of ``REASONS``, where ``found``."""
-        self.flags[_AT[reason]] |= found
+        if isinstance(found, Tensor) and found.device.type != "cpu":
+            self.found[reason] = self.found[reason] | found if reason in self.found else found
+        elif found:
+            self.flags.add(reason)
+
+    def all_flags(self) -> Tensor:
+        """One for each of ``REASONS``, bool, on the device."""
+        device = self.gradient.device
+        known = torch.tensor([reason in self.flags for reason in REASONS], device="cpu").to(device, non_blocking=True)
+        if not self.found:
+            return known
+        none = torch.zeros((), dtype=torch.bool, device=device)
+        return known | torch.stack([self.found.get(reason, none) for reason in REASONS])
 
 
 class Pipeline:
@@ -114,15 +132,17 @@ class Pipeline:
         probes, device = list(self.probes.probes.values()), self.probes.device
         gram_source = self.grams.of_step(self.probes, taken.taps)
         gradient, scale = self.probes.block(taken.taps), self._scale()
-        flags = self._first_flags(taken, misfit).to(device, non_blocking=True)
-        limit = tolerances([p.param.dtype for p in probes], any(b.task_rows.half for b in batches), device)
         squares = taken.all_squares(probes, device)
-        if squares is None:
-            suspects = torch.zeros(len(probes), dtype=torch.bool, device=device)
-        else:
-            suspects = differing(squares, limit, gradient.dtype)
         waiting = self._waiting()
-        read = taken.written or self.ranks > 1
+        shared = self.ranks > 1  # then all of it is in the packet
+        read = bool(taken.written) or shared
+        limit = suspects = blamed = None
+        if squares is not None or read:
+            limit = tolerances([p.param.dtype for p in probes], any(b.task_rows.half for b in batches), device)
+            suspects = torch.zeros(len(probes), dtype=torch.bool, device=device)
+            blamed = self.probes.mask(p.name in taken.foreign or p.name not in taken.others for p in probes)
+        if squares is not None and limit is not None:
+            suspects = differing(squares, limit, gradient.dtype)
         return Step(
             probes=probes,
             taken=taken,
@@ -131,23 +151,23 @@ class Pipeline:
             scale=scale,
             counts=counts_of(batches, self.probes.num_tasks, device),
             wrong=wrong_ids(batches, device),
-            flags=flags,
+            flags=self._first_flags(taken, misfit),
             written=taken.all_written(probes, gradient) if read else None,
             limit=limit,
             suspects=suspects,
-            blamed=self.probes.mask(p.name in taken.foreign or p.name not in taken.others for p in probes),
-            waiting=waiting,
-            late=self.probes.mask(p.name in waiting for p in probes),
+            blamed=blamed,
+            late=self.probes.mask(p.name in waiting for p in probes) if waiting or shared else None,
         )
 
-    def _first_flags(self, taken: Collected, misfit: bool) -> Tensor:
-        """What the host knows of the step, one for each of ``REASONS``."""
-        flags = dict.fromkeys(REASONS, False)
-        flags["misfit"] = misfit
-        flags["interrupted"] = self.probes.accumulation.interrupted
-        flags["cut short"] = taken.passes != self.probes.accumulation.count
-        flags["mixed"] = bool(taken.taps) and taken.first <= taken.gone
-        return torch.tensor(list(flags.values()), device="cpu")
+    def _first_flags(self, taken: Collected, misfit: bool) -> set[str]:
+        """What the host knows of the step."""
+        flags = {
+            "misfit": misfit,
+            "interrupted": self.probes.accumulation.interrupted,
+            "cut short": taken.passes != self.probes.accumulation.count,
+            "mixed": bool(taken.taps) and taken.first <= taken.gone,
+        }
+        return {reason for reason, holds in flags.items() if holds}
 
     def _waiting(self) -> set[str]:
         """Parameters of layers that were first called after the rows were checked: they count once theirs are."""
@@ -166,7 +186,8 @@ class Pipeline:
         ranks, counts = self.ranks, step.counts
         if ranks == 1:
             return
-        assert step.written is not None
+        assert step.written is not None and step.suspects is not None
+        assert step.blamed is not None and step.late is not None
         lost = self.probes.mask(name in self.probes.left_out for name in self.probes.probes)
         seen = self.probes.mask(p.seen for p in step.probes)
         check = self.probes.mask(self.row_check.standing)
@@ -174,11 +195,14 @@ class Pipeline:
         loss = torch.where(counts.given, counts.loss, 0.0)
         parts = [step.gradient, step.written, counts.weight, counts.mass, counts.entered, counts.examples]
         parts += [loss, counts.loss_mass]
-        parts += [~counts.given, step.flags, step.suspects, step.blamed, step.late, lost, seen, check, wrong]
+        parts += [~counts.given, step.all_flags(), step.suspects, step.blamed, step.late, lost, seen, check, wrong]
         gradient, written, weight, mass, entered, examples, loss, loss_mass, silent, *rest = all_reduce_flat(
             parts, self._group
         )
-        step.flags, step.suspects, step.blamed, step.late, lost, seen, check, step.wrong = rest
+        flags, step.suspects, step.blamed, step.late, lost, seen, check, step.wrong = rest
+        step.flags, step.found = set(), {}
+        for reason, found in zip(REASONS, flags, strict=True):
+            step.mark(reason, found)
         kept = ~self.probes.spread(lost)
         step.gradient, step.written = gradient * kept / ranks, written * kept / ranks
         step.counts = Counts(weight, mass, entered, examples, loss, loss_mass, ~silent)
@@ -201,17 +225,17 @@ class Pipeline:
             step.mark("vanished")
         for stray in step.taken.strays:
             step.mark("changed", stray > 0)
-        for values in (step.gradient, step.written):
-            if values is not None:
-                step.mark("infinite", ~torch.isfinite(values).all())
-        # of many at once it is said that the step is not valid
-        count = step.suspects.sum()
-        many = (count > 1) & (2 * count > sum(p.seen for p in self.probes.live()))
-        step.mark("changed", many)
-        step.suspects = step.suspects & ~many
+        if step.written is not None:
+            step.mark("infinite", ~torch.isfinite(step.written).all())
+        if step.suspects is not None:  # of many at once it is said that the step is not valid
+            count = step.suspects.sum()
+            many = (count > 1) & (2 * count > sum(p.seen for p in self.probes.live()))
+            step.mark("changed", many)
+            step.suspects = step.suspects & ~many
 
     def _compare(self, step: Step, written: Tensor) -> None:
         """With what is in ``param.grad``."""
+        assert step.limit is not None and step.suspects is not None and step.blamed is not None
         step.kept = self.probes.any_column(written != 0)  # the others were zeroed in place since the last pass
         step.gradient = step.gradient * self.probes.spread(step.kept)
         apart = unlike(step.gradient, written, self.probes.widths(), step.limit)
@@ -223,25 +247,30 @@ class Pipeline:
     def check(self, step: Step) -> None:
         """Leave out the parameters that are contradicted, or wait for the check of their rows."""
         step.left_out = self._judge(step)
-        if not self.probes.host:
-            step.mark("changed", step.late.any())
-        elif bool(step.late.any()):
-            step.left_out = step.late if step.left_out is None else step.left_out | step.late
+        if step.late is not None:
+            if not self.probes.host:
+                step.mark("changed", step.late.any())
+            elif bool(step.late.any()):
+                step.left_out = step.late if step.left_out is None else step.left_out | step.late
+        out = self.probes.left_out.reasons
+        gone = self.probes.mask(p.name in out or not p.seen for p in step.probes)
         if step.left_out is not None:
             step.gradient = step.gradient * ~self.probes.spread(step.left_out)
-        gone = self.probes.mask(p.name in self.probes.left_out or not p.seen for p in step.probes)
-        if step.left_out is not None:
             gone = gone | step.left_out
-        step.mark("nothing", bool(step.taken.taps) & gone.all())
+        if step.taken.taps:
+            step.mark("nothing", gone.all())
         step.gone = gone if step.kept is None else gone | ~step.kept
 
     def _judge(self, step: Step) -> Tensor | None:
         """Leave out the suspects: bool [P]. Where the host is not to wait for which, the step is not valid."""
+        suspects = step.suspects
         if not self.probes.host:
-            step.mark("changed", step.suspects.any())
+            if suspects is not None:
+                step.mark("changed", suspects.any())
             return None
         probes, out = step.probes, self.probes.left_out
-        found = [p for p, bad in zip(probes, step.suspects.tolist(), strict=True) if bad and p.name not in out]
+        bad = set() if suspects is None else {p.name for p, x in zip(probes, suspects.tolist(), strict=True) if x}
+        found = [p for p in probes if p.name in bad and p.name not in out]
         out.acquit(step.taken.squares.keys() - {p.name for p in found})
         for probe in out.suspect(found, UNSEEN):
             self.memory.forget_columns(probe.columns)
@@ -255,56 +284,62 @@ class Pipeline:
     def read(self, step: Step, theta: Tensor, last_unmeasured: int) -> None:
         """The gradients against one another and against the memory; ``theta`` [K], where they were taken; effects are
         split for tasks that were measured after step ``last_unmeasured``."""
-        step.valid = ~step.flags.any()
+        step.gram = step.gram_source.value(step.gradient, step.gone, step.scale)
+        step.dots, step.sums = self.memory.read(step.gradient, step.counts.to_mean, theta)
+        step.had, step.split = self.memory.count > 0, self.memory.last_seen > last_unmeasured
+        step.mark("infinite", ~torch.isfinite(step.dots).all())  # every entry is in some product, 0 times NaN is NaN
+        step.all = step.all_flags()
+        step.valid = ~step.all.any()
         if step.wrong is not None:
             step.valid = step.valid & ~step.wrong
-        to_mean = step.counts.to_mean
-        step.gram = step.gram_source.value(step.gradient, step.gone, step.scale)
-        step.reading = self.memory.read(step.gradient, to_mean, theta, last_unmeasured)
-        if self.grams.exact_norms:
-            norm = step.gram.diagonal()[:-1].clamp(min=0).sqrt() * to_mean
-            step.reading = replace(step.reading, norm=torch.where(to_mean > 0, norm, torch.nan))
 
     # -- after it moved -----------------------------------------------------------------------------------------------
 
     def write(self, step: Step, number: int, before: Tensor, after: Tensor) -> dict[str, Tensor]:
-        """The step, closed as the ``number``-th with the parameters ``before`` and ``after`` it [K], enters memory and
-        windows. The rows of its report."""
-        counts, reading, tasks = step.counts, step.reading, self.probes.num_tasks
+        """The step, closed as the ``number``-th with the parameters ``before`` and ``after`` it [K], enters the memory.
+        What the host needs for its report."""
+        counts = step.counts
         seen = (counts.weight[:-1] > 0) & step.valid
-        cosine, others_cosine = cosines(step.gram)
         predicted = self.memory.write(step.gradient, counts.to_mean, seen, before, after, number, step.left_out)
-        self.overwriting.add(reading.memory_dot, reading.own_effect, reading.others_effect, others_cosine, step.valid)
-        return gather(
-            {
-                "counts": counts.by_task,
-                "gram": {"gram": step.gram[:tasks, :tasks], "cosine": cosine, "others_cosine": others_cosine},
-                "reading": vars(reading),
-                "windows": self.overwriting.read(),
-                "memory": {"predicted_effect": predicted, "steps_since_seen": self.memory.steps_since_seen(number)},
-            }
-        )
-
-    def report(
-        self,
-        step: Step,
-        rows: dict[str, Tensor],
-        tasks: tuple[str, ...],
-        number: int,
-        built: Callable[[StepReport], None],
-    ) -> Delivery:
-        """The report, on its way to the host; ``built`` is told of it there."""
         values = {
-            **rows,
             "valid": step.valid,
-            "flags": step.flags,
-            "losses": step.counts.given,
-            "block": step.gradient[: len(tasks)],
+            "flags": step.all,
+            "losses": counts.given,
+            "gram": step.gram,
+            "dots": step.dots,
+            "sums": step.sums,
+            "predicted": predicted,
+            "had": step.had,
+            "split": step.split,
+            "to_mean": counts.to_mean,
+            "weight": counts.weight,
+            "examples": counts.examples,
+            "loss": counts.loss,
+            "loss_mass": counts.loss_mass,
+            "since": self.memory.steps_since_seen(number),
         }
         if step.wrong is not None:
             values["wrong"] = step.wrong
         if step.gram_source.uses is not None:
             values["uses"] = step.gram_source.uses
-        delivery = Delivery(tasks, number, values, self.grams.maps(self.probes), built)
+        return values
+
+    def report(
+        self,
+        step: Step,
+        values: dict[str, Tensor],
+        tasks: tuple[str, ...],
+        number: int,
+        built: Callable[[StepReport], None],
+    ) -> Delivery:
+        """What the host needs, on its way there; ``built`` is told of the report."""
+        maps = self.grams.maps(self.probes)
+        exact = all(m.exact for m in maps)  # then there is no error to compute
+        sketches = None if exact else Sketches(step.gradient[: len(tasks)], maps)
+        delivery = Delivery(tasks, number, values, sketches, self._tell, built)
         self.grams.sent(step.gram_source, delivery)
         return delivery
+
+    def _tell(self, values: Values) -> Values:
+        """The rows of a report, from what arrived on the host."""
+        return gather(figures(values, self.overwriting, self.grams.exact_norms))

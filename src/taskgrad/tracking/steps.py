@@ -58,7 +58,7 @@ class Steps:
         self.gradient: Tensor | None = None
         dtype = next(iter(probes.probes.values())).tap.dtype
         self.memory = TaskMemory(len(tasks), probes.widths(), memory_decay, dtype, probes.device)
-        self.overwriting = Overwriting(len(tasks), probes.device)
+        self.overwriting = Overwriting(len(tasks))
         self.mail = Mailbox()
         self.on_close: Callable[[Delivery], None] | None = None
         self.silence = Silence()
@@ -218,8 +218,8 @@ class Steps:
         self.gradient = step.gradient
         if self._due:
             self.probes.warn_of_gaps()
-        rows = self._pipeline.write(step, self.count, before, self.theta)
-        delivery = self._pipeline.report(step, rows, self.tasks, self.count, self.silence.hear)
+        values = self._pipeline.write(step, self.count, before, self.theta)
+        delivery = self._pipeline.report(step, values, self.tasks, self.count, self.silence.hear)
         self.mail.send(delivery)
         self._listen(step)
         if self.on_close is not None:
