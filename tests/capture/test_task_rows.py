@@ -33,7 +33,7 @@ def test_rows_are_sorted_counted_and_weighed(data: st.DataObject) -> None:
 
 
 def test_wrong_ids_of_a_gpu_are_reported_when_they_arrive() -> None:
-    values = {"valid": torch.tensor(False), "wrong": torch.tensor(True), "block": torch.zeros(2, 0)}
-    delivery = Delivery(("a", "b"), 7, values, (), print)
+    values = {"valid": torch.tensor(False), "wrong": torch.tensor(True)}
+    delivery = Delivery(("a", "b"), 7, values, None, lambda values: {}, print)
     with pytest.raises(ValueError, match=r"step 7: ids must lie in \[-1, 2\) for 2 tasks"):
         _ = delivery.report

@@ -111,7 +111,7 @@ class Kept(NamedTuple):
     def gradients(self, own: tuple[Tensor | None, ...], *stats: Tensor | None) -> tuple[Tensor | None, ...]:
         """What the backward pass returns: of the Function's ``own`` arguments, and of every parameter's tap."""
         taps = (t for part in stats for t in (part, None, None))
-        return *own, None, None, None, torch.ones_like(self.receipt), *taps
+        return *own, None, None, None, _acknowledged(self.receipt), *taps
 
 
 def kept(ctx: Any) -> Kept:
@@ -121,6 +121,16 @@ def kept(ctx: Any) -> Kept:
     keeps = ctx.keeps
     parts = [Part(what, rest[2 * i], rest[2 * i + 1], order, offsets) for i, what in enumerate(keeps)]
     return Kept(tuple(parts), tuple(rest[2 * len(keeps) :]), receipt)
+
+
+def _acknowledged(receipt: Tensor) -> Tensor | None:
+    """The receipt's gradient, from the first layer of a pass; one is enough, and from every layer they are added up."""
+    if not torch.compiler.is_compiling():  # a pass that is traced has no number
+        task = torch._C._current_graph_task_id()
+        if getattr(receipt, "_acknowledged_in", None) == task:
+            return None
+        receipt._acknowledged_in = task  # type: ignore[attr-defined]
+    return torch.ones_like(receipt)
 
 
 def refuse_double_backward() -> None:
