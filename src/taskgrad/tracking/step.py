@@ -166,7 +166,7 @@ class Pipeline:
         if ranks == 1:
             return
         assert step.written is not None
-        lost = self.probes.mask(name in self.probes.left_out for name in self.probes.probes)
+        lost = self.probes.mask(name in self.probes.left_out.reasons for name in self.probes.probes)
         seen = self.probes.mask(p.seen for p in step.probes)
         check = self.probes.mask(self.row_check.standing)
         wrong = torch.zeros((), dtype=torch.bool, device=step.gradient.device) if step.wrong is None else step.wrong
@@ -186,7 +186,7 @@ class Pipeline:
         """Every rank leaves out what one of them did: ``lost``, and has ``seen`` what one of them has, bool [P]."""
         for probe, gone, used in zip(probes, lost.tolist(), seen.tolist(), strict=True):
             probe.seen = used
-            if gone and probe.name not in self.probes.left_out:
+            if gone and probe.name not in self.probes.left_out.reasons:
                 self._drop(probe, "left out on another rank")
 
     def validate(self, step: Step) -> None:
@@ -233,7 +233,7 @@ class Pipeline:
             step.gradient[:, probe.columns] = 0
         if step.kept is not None:
             step.gram_source.keep(step.kept, step.probes)
-        gone = self.probes.mask(p.name in self.probes.left_out or not p.seen for p in step.probes)
+        gone = self.probes.mask(p.name in self.probes.left_out.reasons or not p.seen for p in step.probes)
         if step.left_out is not None:
             gone = gone | step.left_out
         step.mark("nothing", bool(step.taken.taps) & gone.all())
@@ -243,10 +243,12 @@ class Pipeline:
         if not self.probes.host:
             step.mark("changed", step.suspects.any())
             return None
-        probes, out = step.probes, self.probes.left_out
-        found = [p for p, bad in zip(probes, step.suspects.tolist(), strict=True) if bad and p.name not in out]
-        out.acquit(step.taken.squares.keys() - {p.name for p in found})
-        for probe in out.suspect(found, UNSEEN):
+        probes, left_out = step.probes, self.probes.left_out
+        found = [
+            p for p, bad in zip(probes, step.suspects.tolist(), strict=True) if bad and p.name not in left_out.reasons
+        ]
+        left_out.acquit(step.taken.squares.keys() - {p.name for p in found})
+        for probe in left_out.suspect(found, UNSEEN):
             self.memory.forget_columns(probe.columns)
         frozen = [p for p in probes if not p.param.requires_grad]
         return self.probes.mask(p in found or p in frozen for p in probes) if found or frozen else None
