@@ -142,8 +142,9 @@ class Probe:
         return bool(after) or len(self.param._backward_hooks or ()) > 1
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return self.tap, self.sketch.left, self.sketch.right
+    def packed(self) -> tuple[bool, Tensor, Tensor | None, Tensor | None]:
+        """What a Function has to know of it (``capture.function.pack``)."""
+        return self.layout.gram, self.tap, self.sketch.left, self.sketch.right
 
 
 class Capture(abc.ABC):
