@@ -81,7 +81,7 @@ class Probe:
         self.tap = self.layout.leaf(tap_dtype(self.param), self.param.device)
         self.tap.register_hook(functools.partial(self._before_tap, self.layout))
         self.stray = torch.zeros((), device=self.param.device, requires_grad=True)
-        self.tensors = (self.tap, *self.layout.maps)  # what a Function is given of it
+        self.packed = (self.layout.keeps, self.tap, *self.layout.maps)  # for ``capture.function.pack``
 
     @property
     def sketch(self) -> SketchMap:

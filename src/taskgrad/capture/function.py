@@ -22,23 +22,23 @@ from .task_rows import Rows
 Packed = tuple[Any, ...]
 Split = tuple[Tensor, Tensor | None]  # the gradient of a parameter, and of its tap
 
-HEAD = 4  # entries of what is packed before those of the parameters
+NOTHING = (None,) * 4  # for a parameter that is not split
 
 
 def pack(rows: Rows, *probes: Probe | None, offsets: Tensor | None = None) -> Packed:
-    """The last arguments of a Function: what it has to know of the batch and of its parameters, in their order;
-    ``None`` for one that is not split. ``offsets``: those of ``rows``, unless others are given."""
-    keeps = tuple(None if p is None else p.layout.keeps for p in probes)
-    tensors = (t for p in probes for t in ((None, None, None) if p is None else p.tensors))
-    return keeps, rows.order, rows.offsets if offsets is None else offsets, rows.receipt, *tensors
+    """The last arguments of a Function: what it has to know of the batch, then four for each of its parameters, in
+    their order; ``None`` for one that is not split. ``offsets``: those of ``rows``, unless others are given."""
+    packed: Packed = rows.order, rows.offsets if offsets is None else offsets, rows.receipt
+    for probe in probes:
+        packed += NOTHING if probe is None else probe.packed
+    return packed
 
 
 def keep(ctx: Any, packed: Packed, *tensors: Tensor | None) -> None:
     """Save for the backward pass what was packed, and ``tensors`` (through ``save_for_backward``, which keeps the
     memory saving of activation checkpointing)."""
-    ctx.keeps, order, offsets, receipt = packed[:HEAD]
-    maps = [side for i in range(HEAD, len(packed), 3) for side in packed[i + 1 : i + 3]]
-    ctx.save_for_backward(order, offsets, receipt, *maps, *tensors)
+    ctx.keeps = packed[3::4]
+    ctx.save_for_backward(*packed[:3], *packed[5::4], *packed[6::4], *tensors)
 
 
 class Part(NamedTuple):
@@ -58,9 +58,7 @@ class Part(NamedTuple):
 
     def of_tasks(self, grads: Tensor, shape: torch.Size, dtype: torch.dtype) -> Split:
         """From the tasks' gradients themselves, [T + 1, numel], for a parameter of ``shape`` and ``dtype``."""
-        return self._of_shaped(grads.view(-1, *shape), dtype)
-
-    def _of_shaped(self, grads: Tensor, dtype: torch.dtype) -> Split:
+        grads = grads.view(-1, *shape)
         stats = None if self.keeps is None else tap_grad_of(grads, self.keeps, self.left, self.right)
         return grads.sum(0).to(dtype), stats
 
@@ -78,7 +76,8 @@ class Part(NamedTuple):
         """Of a vector: the sums of ``values`` [E, M, features] over all rows."""
         if self.keeps is None:
             return values.sum((0, 1), dtype=stat_dtype(values)).to(dtype), None
-        return self._of_shaped(self.segments(values), dtype)
+        grads = self.segments(values)
+        return grads.sum(0).to(dtype), tap_grad_of(grads, self.keeps, self.left, self.right)
 
     def product(self, first: Tensor, second: Tensor) -> Split:
         """Of a matrix: Σ_{rows} first ⊗ second, from [E, M, d0] and [E, M, d1]."""
@@ -104,23 +103,25 @@ class Part(NamedTuple):
 class Kept(NamedTuple):
     """What ``keep`` saved: the ``parts`` of the parameters, in their order, and the ``tensors``."""
 
-    parts: tuple[Part, ...]
-    tensors: tuple[Any, ...]
+    parts: list[Part]
+    tensors: list[Any]
     receipt: Tensor
 
     def gradients(self, own: tuple[Tensor | None, ...], *stats: Tensor | None) -> tuple[Tensor | None, ...]:
         """What the backward pass returns: of the Function's ``own`` arguments, and of every parameter's tap."""
-        taps = (t for part in stats for t in (part, None, None))
-        return *own, None, None, None, _acknowledged(self.receipt), *taps
+        packed: tuple[Tensor | None, ...] = None, None, _acknowledged(self.receipt)
+        for tap in stats:
+            packed += None, tap, None, None
+        return own + packed
 
 
 def kept(ctx: Any) -> Kept:
     """To be called first in the backward pass. Raises RuntimeError where that is to be differentiated itself."""
     refuse_double_backward()
     order, offsets, receipt, *rest = ctx.saved_tensors
-    keeps = ctx.keeps
-    parts = [Part(what, rest[2 * i], rest[2 * i + 1], order, offsets) for i, what in enumerate(keeps)]
-    return Kept(tuple(parts), tuple(rest[2 * len(keeps) :]), receipt)
+    n = len(ctx.keeps)
+    parts = [Part(*split, order, offsets) for split in zip(ctx.keeps, rest[:n], rest[n:], strict=False)]
+    return Kept(parts, rest[2 * n :], receipt)
 
 
 def _acknowledged(receipt: Tensor) -> Tensor | None:

@@ -28,10 +28,6 @@ class LeftOut:
         self.suspects: dict[str, str] = {}
         self.warned: set[str] = set()
 
-    def __contains__(self, name: str) -> bool:
-        """Whether parameter ``name`` is left out of every number."""
-        return name in self.reasons
-
     def resume(self, reasons: Mapping[str, str], suspects: Mapping[str, str]) -> None:
         """What a state says, and what no tracker could take."""
         self.reasons = {**reasons, **self.unfit}

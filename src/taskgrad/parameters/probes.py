@@ -84,7 +84,7 @@ class Probes(Columns):
             self._look_up()
             self._looked_up = now
         for probe in self.probes.values():
-            if probe.name not in self.left_out:
+            if probe.name not in self.left_out.reasons:
                 probe.follow()
         return self.width > width
 
@@ -100,7 +100,7 @@ class Probes(Columns):
     def _usable(self, param: nn.Parameter | None) -> bool:
         if param is None or id(param) not in self.names:
             return False
-        return param.requires_grad and self.names[id(param)] not in self.left_out
+        return param.requires_grad and self.names[id(param)] not in self.left_out.reasons
 
     def _probe(self, param: nn.Parameter | None) -> Probe:
         assert param is not None
@@ -149,7 +149,7 @@ class Probes(Columns):
 
     def live(self) -> list[Probe]:
         """The probes that count: not left out, and not frozen."""
-        return [p for p in self.probes.values() if p.name not in self.left_out and p.param.requires_grad]
+        return [p for p in self.probes.values() if p.name not in self.left_out.reasons and p.param.requires_grad]
 
     def warn_of_gaps(self) -> None:
         """Name, after the first step, the trainable parameters that no number covers and that ``include`` did not
@@ -174,7 +174,7 @@ class Probes(Columns):
 
     def strays(self) -> list[Probe]:
         """Of shared rows that had a gradient, whose ``stray`` says whether it was all by example."""
-        return [p for p in self.probes.values() if p.stray.grad is not None and p.name not in self.left_out]
+        return [p for p in self.probes.values() if p.stray.grad is not None and p.name not in self.left_out.reasons]
 
     def collect_reasons(self) -> list[Probe]:
         """Drop the parameters of modules that saw rows which are not the batch's; the newly dropped."""

@@ -199,7 +199,7 @@ def check_state(tracker: TaskGradTracker, state: Mapping[str, Any]) -> Load:
     _check_digests(state, fields, fields)
     for name, table in TENSORS.items():
         _check_values(name, state[name].detach(), table, state)
-    new = {name: reason for name, reason in left_out.items() if name not in tracker._probes.left_out}
+    new = {name: reason for name, reason in left_out.items() if name not in tracker._probes.left_out.reasons}
     tracker._probes.left_out.warn(new)
     device = next(iter(tracker._probes.params.values())).device  # the model may have been moved since track()
     with torch.inference_mode(False):  # or they could not be written to in the next step

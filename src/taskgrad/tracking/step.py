@@ -188,7 +188,7 @@ class Pipeline:
             return
         assert step.written is not None and step.suspects is not None
         assert step.blamed is not None and step.late is not None
-        lost = self.probes.mask(name in self.probes.left_out for name in self.probes.probes)
+        lost = self.probes.mask(name in self.probes.left_out.reasons for name in self.probes.probes)
         seen = self.probes.mask(p.seen for p in step.probes)
         check = self.probes.mask(self.row_check.standing)
         wrong = torch.zeros((), dtype=torch.bool, device=step.gradient.device) if step.wrong is None else step.wrong
@@ -214,7 +214,7 @@ class Pipeline:
         """Every rank leaves out what one of them did: ``lost``, and has ``seen`` what one of them has, bool [P]."""
         for probe, gone, used in zip(probes, lost.tolist(), seen.tolist(), strict=True):
             probe.seen = used
-            if gone and probe.name not in self.probes.left_out:
+            if gone and probe.name not in self.probes.left_out.reasons:
                 self._drop(probe, "left out on another rank")
 
     def validate(self, step: Step) -> None:
@@ -270,7 +270,7 @@ class Pipeline:
             return None
         probes, out = step.probes, self.probes.left_out
         bad = set() if suspects is None else {p.name for p, x in zip(probes, suspects.tolist(), strict=True) if x}
-        found = [p for p in probes if p.name in bad and p.name not in out]
+        found = [p for p in probes if p.name in bad and p.name not in out.reasons]
         out.acquit(step.taken.squares.keys() - {p.name for p in found})
         for probe in out.suspect(found, UNSEEN):
             self.memory.forget_columns(probe.columns)

@@ -169,7 +169,7 @@ class Steps:
             if name not in taken.names and (params is None or id(p.param) in params)
         ]
         for probe in probes:
-            taken.take(probe, probe.name not in self.probes.left_out, read)
+            taken.take(probe, probe.name not in self.probes.left_out.reasons, read)
             probe.held.release(accumulation.count)
 
     def cut_short(self) -> None:
