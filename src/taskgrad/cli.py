@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,8 +23,38 @@ COMMANDS = {
 }
 
 
+CLOSED_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ended, as it does most
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; ``argv`` defaults to the process's arguments."""
+    """Run a command and return its exit code; ``argv`` defaults to the process's arguments.
+
+    Where nobody reads on (``taskgrad doctor | head -1``) it ends quietly.
+    """
+    try:
+        try:
+            return _run(argv)
+        finally:  # also of --help, which exits; Python itself would come too late
+            print(end="", flush=True)
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise
+        return CLOSED_PIPE
+
+
+def _stdout_is_closed() -> bool:
+    """Whether nobody reads it; what is left in its buffer then goes nowhere, so that the exit is silent as well."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return True
+    return False
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="taskgrad",
