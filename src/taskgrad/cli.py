@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -33,25 +34,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         try:
-            return _run(argv)
-        finally:  # also of --help, which exits; Python itself would come too late
+            code = _run(argv)
+        except SystemExit:  # of --help
             print(end="", flush=True)
+            raise
+        print(end="", flush=True)  # what Python writes at its end nobody could catch
+        return code
     except BrokenPipeError:
-        if not _stdout_is_closed():
+        if not _nobody_reads():
             raise
         return CLOSED_PIPE
 
 
-def _stdout_is_closed() -> bool:
-    """Whether nobody reads it; what is left in its buffer then goes nowhere, so that the exit is silent as well."""
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe that was closed; what is left in its buffer then goes nowhere, or Python's end would
+    write it."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-        return True
-    return False
+        out = sys.stdout.fileno()
+    except (AttributeError, OSError):  # none, or one that somebody put in its place
+        return False
+    poll = select.poll()
+    poll.register(out, select.POLLOUT)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, out)
+    os.close(nowhere)
+    return True
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -100,7 +100,7 @@ class TestCuda:
     def test_matches_fp64(self, dtype, tf32, counts, size, layout, monkeypatch):
         problem = make_problem(counts, *size, dtype, layout=layout)
         dy, x, offsets = (t.cuda() for t in (problem.dy, problem.x, problem.offsets))
-        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if tf32 else "ieee")
+        monkeypatch.setattr(module, "tf32_allowed", lambda: tf32)
         problem.check_gram(ghost_gram(dy, x, offsets), 2**-9 if tf32 else exact(problem), by_rows=True)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -149,7 +149,7 @@ class TestCuda:
         problem = make_problem(counts, *size, dtype, layout=layout)
         dy, x, offsets = (t.cuda() for t in (problem.dy, problem.x, problem.offsets))
         tolerance = exact(problem) if dtype in (torch.float32, torch.float64) and not tf32 else 2**-8
-        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if tf32 else "ieee")
+        monkeypatch.setattr(module, "tf32_allowed", lambda: tf32)
         dw, gram = wgrad_gram(dy, x, offsets)
         problem.check_gram(gram, tolerance)
         assert torch.equal(gram, wgrad_gram(dy, x, offsets.int())[1])

@@ -82,7 +82,7 @@ def ready() -> bool:
 @functools.cache
 def has_cuda(name: str) -> bool:
     """Whether the library in force has the kernel ``name`` for CUDA; loads it if that has not been tried."""
-    return ready() and torch._C._dispatch_has_kernel_for_dispatch_key(f"taskgrad_cuda::{name}", "CUDA")
+    return ready() and torch._C._dispatch_has_kernel(f"taskgrad_cuda::{name}")
 
 
 @functools.cache
