@@ -24,7 +24,7 @@ from .ops._register import OPS, Cpp, triton_obstacle
 from .ops.wgrad_sketch import splits
 from .ops.wgrad_stats import gram_strategy
 from .sampling.engine import native as index_engine
-from .tracking.tracker import track
+from .tracking.track import track
 
 Facts = dict[str, str | int | None]
 
