@@ -32,7 +32,7 @@ def check_operand(name: str, x: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) 
         raise ValueError(f"{name} must have at most 2**40 elements, got the shape {list(x.shape)}")
 
 
-def _apart(x: Tensor, operand: Tensor) -> bool:
+def apart(x: Tensor, operand: Tensor) -> bool:
     """Whether they are on different devices; quick where both are on the CPU, as this is asked for every argument."""
     return not (x.is_cpu and operand.is_cpu) and x.device != operand.device
 
@@ -41,7 +41,7 @@ def check_like(name: str, x: Tensor, of: str, operand: Tensor, dtype: torch.dtyp
     """Raise TypeError unless ``x`` is dense, on the device of ``operand`` and of its dtype, or of ``dtype``."""
     wanted = operand.dtype if dtype is None else dtype
     check_operand(name, x, (wanted,))
-    if _apart(x, operand):
+    if apart(x, operand):
         raise TypeError(f"{name} must be on {operand.device} as {of} is, got {x.device}: use {name}.to({of}.device)")
 
 
@@ -49,7 +49,7 @@ def check_map(name: str, side: Tensor | None, of: str, operand: Tensor) -> None:
     """The same for one side of a sketch, of any floating dtype; ``None`` is the identity."""
     if side is not None:
         check_operand(name, side)
-        if _apart(side, operand):
+        if apart(side, operand):
             raise TypeError(f"{name} must be on {operand.device} as {of} is, got {side.device}: move it first")
 
 
@@ -63,11 +63,11 @@ def check_segments(order: Tensor | None, offsets: Tensor, of: str, operand: Tens
     """Raise TypeError unless ``order`` is int64 on the device of ``operand`` and ``offsets`` int64 or int32, there or
     on the CPU."""
     check_operand("offsets", offsets, (torch.int64, torch.int32))
-    if not offsets.is_cpu and _apart(offsets, operand):
+    if not offsets.is_cpu and apart(offsets, operand):
         raise TypeError(f"offsets must be on {operand.device} as {of} is, or on the cpu, got {offsets.device}")
     if order is not None:
         check_operand("order", order, (torch.int64,))
-        if _apart(order, operand):
+        if apart(order, operand):
             raise TypeError(
                 f"order must be on {operand.device} as {of} is, got {order.device}: use order.to({of}.device)"
             )

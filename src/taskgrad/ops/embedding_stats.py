@@ -60,7 +60,7 @@ def _check_rows(
 ) -> None:
     _check.check_operand("dy", dy)
     _check.check_operand("index", index, (torch.int64, torch.int32))
-    if index.device != dy.device:
+    if _check.apart(index, dy):
         raise TypeError(f"index must be on {dy.device} as dy is, got {index.device}: use index.to(dy.device)")
     _check.check_segments(order, offsets, "dy", dy)
     if dy.dim() != 3 or index.shape != dy.shape[:2]:
