@@ -128,7 +128,7 @@ def test_a_weight_used_twice_keeps_its_parts_from_the_first_step_on(checkpointed
     for _ in range(4):
         one, full, tracker = step(1)
         _same(one, full)
-    kept = {p.name: p.layout.keeps for p in tracker._probes.live()}
+    kept = {p.name: p.layout.keeps for p in tracker._gauges.live()}
     assert kept == {"inner.weight": "parts", "inner.bias": "sketch", "outer.weight": "sketch", "outer.bias": "sketch"}
 
 
@@ -150,7 +150,7 @@ def test_micro_batches_after_single_ones_are_nan_once(checkpointed: bool) -> Non
     for _ in range(3):
         one, full, tracker = step(1)
         _same(one, full)
-    assert {p.layout.keeps for p in tracker._probes.live() if not p.sketch.exact} == {"gram"}
+    assert {p.layout.keeps for p in tracker._gauges.live() if not p.sketch.exact} == {"gram"}
     with pytest.warns(
         UserWarning, match=r"Gram, cosines and norms of step 4 are NaN: 0\.weight, 2\.weight had one use"
     ):
@@ -191,7 +191,7 @@ def test_each_parameter_has_its_own_pattern(monkeypatch: pytest.MonkeyPatch) -> 
             assert one.gram.isnan().all()
         else:
             _same(one, full)
-    keeps = {p.name: p.layout.keeps for p in tracker._probes.live()}
+    keeps = {p.name: p.layout.keeps for p in tracker._gauges.live()}
     assert keeps["trunk.weight"] == "gram" and keeps["branch.weight"] == "parts"
 
 

@@ -104,7 +104,7 @@ def test_exact_gram_by_every_pattern_of_use(architecture: Architecture, kind: st
     assert must_not <= set(done.unattributed)
     expected = Expected.of(oracle, done.attributed, case.ids, case.weight)
     assert_report(done.report, expected, architecture.tolerance * 10)
-    single = any(p.layout.keeps == "gram" for p in done.tracker._probes.live())
+    single = any(p.layout.keeps == "gram" for p in done.tracker._gauges.live())
     floor = negligible(plain)
     for step, passes in enumerate((1, 2, 2, 1)):
         case.model.zero_grad()

@@ -41,7 +41,7 @@ class Arrived:
     tap: Tensor | None = None
 
 
-class Probe:
+class Gauge:
     """One parameter's map, and the leaf whose gradient is what is kept of every task's part of the parameter's
     gradient.
 
@@ -170,13 +170,13 @@ class Capture(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def forward(self, module: nn.Module, rows: Rows, probes: Mapping[str, Probe], *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, module: nn.Module, rows: Rows, gauges: Mapping[str, Gauge], *args: Any, **kwargs: Any) -> Tensor:
         """The module's forward, with the statistics attached.
 
         Args:
             module: the tracked module.
             rows: the rows of the batch, sorted by task.
-            probes: of the parameters in ``params`` that require a gradient; at least one.
+            gauges: of the parameters in ``params`` that require a gradient; at least one.
             *args, **kwargs: as the module was called.
 
         Raises:

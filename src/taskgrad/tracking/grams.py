@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from .._text import printable
-from ..capture import Probe
+from ..capture import Gauge
 from ..capture.sketch import SketchMap
 from ..ops.sum_gram import sum_gram
 from ..parameters.left_out import NAMED
-from ..parameters.probes import Probes
+from ..parameters.gauges import Gauges
 from .delivery import Delivery
 
 
@@ -51,13 +51,13 @@ class Grams(Protocol):
     def begin(self) -> None:
         """Between two steps: what the taps keep may change."""
 
-    def of_step(self, probes: Probes, taps: Mapping[str, Tensor]) -> StepGram:
+    def of_step(self, gauges: Gauges, taps: Mapping[str, Tensor]) -> StepGram:
         """From what was taken off the taps, by name."""
 
     def sent(self, source: StepGram, delivery: Delivery) -> None:
         """The step with this source is on its way to the host."""
 
-    def maps(self, probes: Probes) -> tuple[SketchMap, ...]:
+    def maps(self, gauges: Gauges) -> tuple[SketchMap, ...]:
         """The sketches that the Gram is an estimate from; none where it is exact."""
 
 
@@ -70,14 +70,14 @@ class OfBlock:
     def begin(self) -> None:
         pass
 
-    def of_step(self, probes: Probes, taps: Mapping[str, Tensor]) -> StepGram:
+    def of_step(self, gauges: Gauges, taps: Mapping[str, Tensor]) -> StepGram:
         return self
 
     def sent(self, source: StepGram, delivery: Delivery) -> None:
         pass
 
-    def maps(self, probes: Probes) -> tuple[SketchMap, ...]:
-        return tuple(p.sketch for p in probes.probes.values())
+    def maps(self, gauges: Gauges) -> tuple[SketchMap, ...]:
+        return tuple(p.sketch for p in gauges.gauges.values())
 
     def value(self, gradient: Tensor, gone: Tensor, scale: Tensor | None) -> Tensor:
         return sum_gram(gradient)[1]
@@ -90,21 +90,21 @@ class ByParameter:
     exact_norms = True
 
     def __init__(self) -> None:
-        self._on_the_way: deque[tuple[list[Probe], Delivery]] = deque()
+        self._on_the_way: deque[tuple[list[Gauge], Delivery]] = deque()
 
     def begin(self) -> None:
         """Learn from the steps that have arrived; on a CPU from all."""
         while self._on_the_way and self._on_the_way[0][1].arrived:
-            probes, delivery = self._on_the_way.popleft()
-            self._learn(probes, delivery.values["uses"].tolist(), delivery.step)
+            gauges, delivery = self._on_the_way.popleft()
+            self._learn(gauges, delivery.values["uses"].tolist(), delivery.step)
 
-    def _learn(self, probes: list[Probe], uses: list[float], step: int) -> None:
-        surprised = [p.name for p, n in zip(probes, uses, strict=True) if n > 1 and p.layout.keeps == "gram"]
-        for probe, n in zip(probes, uses, strict=True):
+    def _learn(self, gauges: list[Gauge], uses: list[float], step: int) -> None:
+        surprised = [p.name for p, n in zip(gauges, uses, strict=True) if n > 1 and p.layout.keeps == "gram"]
+        for gauge, n in zip(gauges, uses, strict=True):
             if n > 1:
-                probe.keep("parts")
-            elif probe.layout.keeps == "counted parts":
-                probe.keep("gram")
+                gauge.keep("parts")
+            elif gauge.layout.keeps == "counted parts":
+                gauge.keep("gram")
         if surprised:
             more = f" and {len(surprised) - NAMED} more" if len(surprised) > NAMED else ""
             warnings.warn(
@@ -114,8 +114,8 @@ class ByParameter:
                 stacklevel=2,
             )
 
-    def of_step(self, probes: Probes, taps: Mapping[str, Tensor]) -> StepGram:
-        return _Parameters(probes, taps)
+    def of_step(self, gauges: Gauges, taps: Mapping[str, Tensor]) -> StepGram:
+        return _Parameters(gauges, taps)
 
     def sent(self, source: StepGram, delivery: Delivery) -> None:
         assert isinstance(source, _Parameters)
@@ -123,7 +123,7 @@ class ByParameter:
             self._on_the_way.append((source.counted, delivery))
             self.begin()
 
-    def maps(self, probes: Probes) -> tuple[SketchMap, ...]:
+    def maps(self, gauges: Gauges) -> tuple[SketchMap, ...]:
         return ()
 
 
@@ -134,10 +134,10 @@ class _Parameters:
         counted: the parameters whose ``uses`` are counted.
     """
 
-    def __init__(self, probes: Probes, taps: Mapping[str, Tensor]) -> None:
-        size = probes.num_tasks + 1
-        none = torch.zeros(size, size, dtype=torch.float64, device=probes.device)
-        found = [(p, taps.get(p.name)) for p in probes.probes.values()]
+    def __init__(self, gauges: Gauges, taps: Mapping[str, Tensor]) -> None:
+        size = gauges.num_tasks + 1
+        none = torch.zeros(size, size, dtype=torch.float64, device=gauges.device)
+        found = [(p, taps.get(p.name)) for p in gauges.gauges.values()]
         self._grams = torch.stack([none if tap is None else p.layout.gram(tap).double() for p, tap in found])
         counted = [(p, p.layout.uses(tap)) for p, tap in found if tap is not None and p.layout.counts_uses]
         self.counted = [p for p, _ in counted]

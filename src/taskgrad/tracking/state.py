@@ -19,9 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..capture import Probe
+from ..capture import Gauge
 from ..capture.tap import Keeps
-from ..parameters.probes import Probes
+from ..parameters.gauges import Gauges
 from ..statistics.windows import WINDOW_APPEARANCES, WINDOW_STEPS
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ TENSORS = {
 
 def state_of(tracker: TaskGradTracker) -> dict[str, Any]:
     """See ``TaskGradTracker.state_dict``."""
-    probes = tracker._probes
+    gauges = tracker._gauges
     tracker._steps.mail.land()
     state = {
         **_settings(tracker),
@@ -114,10 +114,10 @@ def state_of(tracker: TaskGradTracker) -> dict[str, Any]:
         "verified": tracker._row_check.reason is None,
         # in the order of the columns: name, shape, number of columns, whether a step has used it, what its tap keeps
         "parameters": [
-            [p.name, list(p.param.shape), p.sketch.dim, p.seen, p.layout.keeps] for p in probes.probes.values()
+            [p.name, list(p.param.shape), p.sketch.dim, p.seen, p.layout.keeps] for p in gauges.gauges.values()
         ],
-        "left_out": dict(probes.left_out.reasons),
-        "suspects": dict(probes.left_out.suspects),
+        "left_out": dict(gauges.left_out.reasons),
+        "suspects": dict(gauges.left_out.suspects),
         **{name: _saved(attrgetter(name)(tracker._steps)) for name in TENSORS},
     }
     return {**state, "digest": _digests(state)}
@@ -136,7 +136,7 @@ class Load:
     last_unmeasured: int
     unmeasured: list[int]
     verified: bool
-    probes: list[Probe]
+    gauges: list[Gauge]
     seen: list[bool]
     keeps: list[Keeps]
     left_out: dict[str, str]
@@ -146,7 +146,7 @@ class Load:
     def commit(self) -> None:
         """Replace everything. What the tracker had of the step under way is given up."""
         tracker, steps = self.tracker, self.tracker._steps
-        tracker._probes.adopt(self.probes, self.seen, self.keeps, self.left_out, self.suspects)
+        tracker._gauges.adopt(self.gauges, self.seen, self.keeps, self.left_out, self.suspects)
         for name, value in self.tensors.items():
             owner, attr = name.rsplit(".", 1)
             on_host = isinstance(attrgetter(name)(steps), np.ndarray)
@@ -185,26 +185,26 @@ def check_state(tracker: TaskGradTracker, state: Mapping[str, Any]) -> Load:
         raise ValueError(f"state_dict['unmeasured'] must hold numbers from 0 to {step}, got {_shown(unmeasured)}")
     if type(verified) is not bool:
         raise TypeError(f"state_dict['verified'] must be True or False, got {_shown(verified)}")
-    left_out, suspects = (_check_reasons(tracker._probes, state, name) for name in ("left_out", "suspects"))
-    probes, seen, keeps = _check_parameters(tracker._probes, _field(state, "parameters"), left_out)
+    left_out, suspects = (_check_reasons(tracker._gauges, state, name) for name in ("left_out", "suspects"))
+    gauges, seen, keeps = _check_parameters(tracker._gauges, _field(state, "parameters"), left_out)
     _check_digests(state, fields, plain)  # before what one that was changed would make look wrong
     sizes = {
         "T": len(tracker.tasks),
         "S": len(tracker.tasks) + 1,
-        "K": sum(p.sketch.dim for p in probes),
-        "P": len(probes),
+        "K": sum(p.sketch.dim for p in gauges),
+        "P": len(gauges),
     }
     for name, table in TENSORS.items():
         _check_form(name, _field(state, name), table, sizes)
     _check_digests(state, fields, fields)
     for name, table in TENSORS.items():
         _check_values(name, state[name].detach(), table, state)
-    new = {name: reason for name, reason in left_out.items() if name not in tracker._probes.left_out.reasons}
-    tracker._probes.left_out.warn(new)
-    device = next(iter(tracker._probes.params.values())).device  # the model may have been moved since track()
+    new = {name: reason for name, reason in left_out.items() if name not in tracker._gauges.left_out.reasons}
+    tracker._gauges.left_out.warn(new)
+    device = next(iter(tracker._gauges.params.values())).device  # the model may have been moved since track()
     with torch.inference_mode(False):  # or they could not be written to in the next step
         tensors = {name: state[name].detach().to(device, copy=True).contiguous() for name in TENSORS}
-    return Load(tracker, step, last, list(unmeasured), verified, probes, seen, keeps, left_out, suspects, tensors)
+    return Load(tracker, step, last, list(unmeasured), verified, gauges, seen, keeps, left_out, suspects, tensors)
 
 
 def _shown(value: Any) -> str:
@@ -221,7 +221,7 @@ def _field(state: Mapping[str, Any], name: str) -> Any:
     return state[name]
 
 
-def _check_reasons(probes: Probes, state: Mapping[str, Any], field: str) -> dict[str, str]:
+def _check_reasons(gauges: Gauges, state: Mapping[str, Any], field: str) -> dict[str, str]:
     """A field that maps names of parameters to reasons."""
     reasons, where = _field(state, field), f"state_dict[{field!r}]"
     if not isinstance(reasons, Mapping):
@@ -229,19 +229,19 @@ def _check_reasons(probes: Probes, state: Mapping[str, Any], field: str) -> dict
     for name, reason in reasons.items():
         if type(name) is not str or type(reason) is not str:
             raise TypeError(f"{where} must map names to reasons, got {_shown(name)}: {_shown(reason)}")
-        if name not in probes.params:
+        if name not in gauges.params:
             raise ValueError(f"{where} names the parameter {name!r}, which this model has not")
     return dict(reasons)
 
 
 def _check_parameters(
-    probes: Probes, parameters: Any, left_out: Mapping[str, str]
-) -> tuple[list[Probe], list[bool], list[Keeps]]:
-    """The probes that the state's columns belong to, in its order, new ones where this tracker has none yet; whether
+    gauges: Gauges, parameters: Any, left_out: Mapping[str, str]
+) -> tuple[list[Gauge], list[bool], list[Keeps]]:
+    """The gauges that the state's columns belong to, in its order, new ones where this tracker has none yet; whether
     they were used, and what their taps keep."""
     if not isinstance(parameters, (list, tuple)):
         raise TypeError(f"state_dict['parameters'] must be a list, got {_shown(parameters)}")
-    found: dict[str, Probe] = {}
+    found: dict[str, Gauge] = {}
     seen, kept = [], []
     form = "[name, shape, columns, seen, keeps]"
     for entry in parameters:
@@ -253,25 +253,25 @@ def _check_parameters(
             raise TypeError(f"state_dict['parameters'] must hold {form}, got {_shown(list(entry))}")
         if name in found:
             raise ValueError(f"state_dict['parameters'] names {name!r} twice")
-        if name not in probes.params:
+        if name not in gauges.params:
             raise ValueError(f"state_dict['parameters'] names {name!r}, which this model has not")
-        have = probes.params[name].shape
+        have = gauges.params[name].shape
         if tuple(shape) != tuple(have):
             raise ValueError(f"state_dict['parameters']: {name!r} has shape {_shown(tuple(shape))}, here {tuple(have)}")
-        if name in probes.left_out.unfit and name not in left_out:
+        if name in gauges.left_out.unfit and name not in left_out:
             raise ValueError(
                 f"state_dict['parameters'] has numbers of {name!r}, which this tracker leaves out "
-                f"({probes.left_out.unfit[name]}): track the model as it was tracked when the state was saved"
+                f"({gauges.left_out.unfit[name]}): track the model as it was tracked when the state was saved"
             )
-        probe = probes.probes.get(name) or probes.make(name)
-        if columns != probe.sketch.dim:
+        gauge = gauges.gauges.get(name) or gauges.make(name)
+        if columns != gauge.sketch.dim:
             raise ValueError(
-                f"state_dict['parameters']: {name!r} has {_shown(columns)} columns, here {probe.sketch.dim}"
+                f"state_dict['parameters']: {name!r} has {_shown(columns)} columns, here {gauge.sketch.dim}"
             )
-        may = probes.may_keep(probe.sketch)
+        may = gauges.may_keep(gauge.sketch)
         if keeps not in may:
             raise ValueError(f"state_dict['parameters']: {name!r} keeps {_shown(keeps)}, here one of {', '.join(may)}")
-        found[name] = probe
+        found[name] = gauge
         seen.append(used)
         kept.append(keeps)
     return list(found.values()), seen, kept

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from .._ranks import world_size
-from ..capture import Probe
+from ..capture import Gauge
 from ..checks.row_check import RowCheck
 from ..checks.sums import differing, tolerances, unlike
-from ..parameters.probes import UNSEEN, Probes
+from ..parameters.gauges import UNSEEN, Gauges
 from ..report import Sketches, StepReport, gather
 from ..statistics.figures import Values, figures
 from ..statistics.memory import TaskMemory
@@ -36,7 +36,7 @@ class Step:
     """What the stages have found out of a step so far, on the device; P parameters, K columns.
 
     Attributes:
-        probes: of the P parameters, in the order of their columns.
+        gauges: of the P parameters, in the order of their columns.
         taken: what was taken off their taps.
         gradient: G [T + 1, K], free of the loss scale; zero for what is left out.
         gram_source: what the Gram is going to come from.
@@ -61,7 +61,7 @@ class Step:
         split: bool [T], whose effects are known apart.
     """
 
-    probes: list[Probe]
+    gauges: list[Gauge]
     taken: Collected
     gradient: Tensor
     gram_source: StepGram
@@ -108,7 +108,7 @@ class Pipeline:
 
     def __init__(
         self,
-        probes: Probes,
+        gauges: Gauges,
         memory: TaskMemory,
         overwriting: Overwriting,
         row_check: RowCheck,
@@ -116,7 +116,7 @@ class Pipeline:
         loss_scale: GradScaler | Tensor | None,
         group: dist.ProcessGroup | None,
     ) -> None:
-        self.probes, self.memory, self.overwriting, self.row_check = probes, memory, overwriting, row_check
+        self.gauges, self.memory, self.overwriting, self.row_check = gauges, memory, overwriting, row_check
         self.grams = grams
         self._loss_scale, self._group = loss_scale, group
 
@@ -129,42 +129,42 @@ class Pipeline:
     def collect(self, taken: Collected, batches: list[Batch], misfit: bool) -> Step:
         """What was taken off the taps and the batches that ran backward, side by side on the device. ``misfit``: ids
         of a batch fitted no layer."""
-        probes, device = list(self.probes.probes.values()), self.probes.device
-        gram_source = self.grams.of_step(self.probes, taken.taps)
-        gradient, scale = self.probes.block(taken.taps), self._scale()
-        squares = taken.all_squares(probes, device)
+        gauges, device = list(self.gauges.gauges.values()), self.gauges.device
+        gram_source = self.grams.of_step(self.gauges, taken.taps)
+        gradient, scale = self.gauges.block(taken.taps), self._scale()
+        squares = taken.all_squares(gauges, device)
         waiting = self._waiting()
         shared = self.ranks > 1  # then all of it is in the packet
         read = bool(taken.written) or shared
         limit = suspects = blamed = None
         if squares is not None or read:
-            limit = tolerances([p.param.dtype for p in probes], any(b.task_rows.half for b in batches), device)
-            suspects = torch.zeros(len(probes), dtype=torch.bool, device=device)
-            blamed = self.probes.mask(p.name in taken.foreign or p.name not in taken.others for p in probes)
+            limit = tolerances([p.param.dtype for p in gauges], any(b.task_rows.half for b in batches), device)
+            suspects = torch.zeros(len(gauges), dtype=torch.bool, device=device)
+            blamed = self.gauges.mask(p.name in taken.foreign or p.name not in taken.others for p in gauges)
         if squares is not None and limit is not None:
             suspects = differing(squares, limit, gradient.dtype)
         return Step(
-            probes=probes,
+            gauges=gauges,
             taken=taken,
             gradient=gradient if scale is None else gradient / scale,
             gram_source=gram_source,
             scale=scale,
-            counts=counts_of(batches, self.probes.num_tasks, device),
+            counts=counts_of(batches, self.gauges.num_tasks, device),
             wrong=wrong_ids(batches, device),
             flags=self._first_flags(taken, misfit),
-            written=taken.all_written(probes, gradient) if read else None,
+            written=taken.all_written(gauges, gradient) if read else None,
             limit=limit,
             suspects=suspects,
             blamed=blamed,
-            late=self.probes.mask(p.name in waiting for p in probes) if waiting or shared else None,
+            late=self.gauges.mask(p.name in waiting for p in gauges) if waiting or shared else None,
         )
 
     def _first_flags(self, taken: Collected, misfit: bool) -> set[str]:
         """What the host knows of the step."""
         flags = {
             "misfit": misfit,
-            "interrupted": self.probes.accumulation.interrupted,
-            "cut short": taken.passes != self.probes.accumulation.count,
+            "interrupted": self.gauges.accumulation.interrupted,
+            "cut short": taken.passes != self.gauges.accumulation.count,
             "mixed": bool(taken.taps) and taken.first <= taken.gone,
         }
         return {reason for reason, holds in flags.items() if holds}
@@ -172,13 +172,13 @@ class Pipeline:
     def _waiting(self) -> set[str]:
         """Parameters of layers that were first called after the rows were checked: they count once theirs are."""
         names = self.row_check.late
-        return {p.name for s in self.probes.sites if s.name in names for p in s.probes.values()} if names else set()
+        return {p.name for s in self.gauges.sites if s.name in names for p in s.gauges.values()} if names else set()
 
     def _scale(self) -> Tensor | None:
         scale = self._loss_scale
         if isinstance(scale, GradScaler):
             scale = scale._scale if scale.is_enabled() else None
-        return None if scale is None else scale.to(self.probes.device)
+        return None if scale is None else scale.to(self.gauges.device)
 
     def reduce(self, step: Step) -> None:
         """Over the ranks, in one packet of a size that nothing a rank did can change. Gradients are averaged, as
@@ -188,9 +188,9 @@ class Pipeline:
             return
         assert step.written is not None and step.suspects is not None
         assert step.blamed is not None and step.late is not None
-        lost = self.probes.mask(name in self.probes.left_out.reasons for name in self.probes.probes)
-        seen = self.probes.mask(p.seen for p in step.probes)
-        check = self.probes.mask(self.row_check.standing)
+        lost = self.gauges.mask(name in self.gauges.left_out.reasons for name in self.gauges.gauges)
+        seen = self.gauges.mask(p.seen for p in step.gauges)
+        check = self.gauges.mask(self.row_check.standing)
         wrong = torch.zeros((), dtype=torch.bool, device=step.gradient.device) if step.wrong is None else step.wrong
         loss = torch.where(counts.given, counts.loss, 0.0)
         parts = [step.gradient, step.written, counts.weight, counts.mass, counts.entered, counts.examples]
@@ -203,19 +203,19 @@ class Pipeline:
         step.flags, step.found = set(), {}
         for reason, found in zip(REASONS, flags, strict=True):
             step.mark(reason, found)
-        kept = ~self.probes.spread(lost)
+        kept = ~self.gauges.spread(lost)
         step.gradient, step.written = gradient * kept / ranks, written * kept / ranks
         step.counts = Counts(weight, mass, entered, examples, loss, loss_mass, ~silent)
-        if self.probes.host:
-            self._agree(step.probes, lost, seen)
+        if self.gauges.host:
+            self._agree(step.gauges, lost, seen)
             self.row_check.agree(check.tolist())
 
-    def _agree(self, probes: list[Probe], lost: Tensor, seen: Tensor) -> None:
+    def _agree(self, gauges: list[Gauge], lost: Tensor, seen: Tensor) -> None:
         """Every rank leaves out what one of them did: ``lost``, and has ``seen`` what one of them has, bool [P]."""
-        for probe, gone, used in zip(probes, lost.tolist(), seen.tolist(), strict=True):
-            probe.seen = used
-            if gone and probe.name not in self.probes.left_out.reasons:
-                self._drop(probe, "left out on another rank")
+        for gauge, gone, used in zip(gauges, lost.tolist(), seen.tolist(), strict=True):
+            gauge.seen = used
+            if gone and gauge.name not in self.gauges.left_out.reasons:
+                self._drop(gauge, "left out on another rank")
 
     def validate(self, step: Step) -> None:
         """Whether the gradients are those of one step: there, finite, and one factor times the sums over tasks."""
@@ -229,17 +229,17 @@ class Pipeline:
             step.mark("infinite", ~torch.isfinite(step.written).all())
         if step.suspects is not None:  # of many at once it is said that the step is not valid
             count = step.suspects.sum()
-            many = (count > 1) & (2 * count > sum(p.seen for p in self.probes.live()))
+            many = (count > 1) & (2 * count > sum(p.seen for p in self.gauges.live()))
             step.mark("changed", many)
             step.suspects = step.suspects & ~many
 
     def _compare(self, step: Step, written: Tensor) -> None:
         """With what is in ``param.grad``."""
         assert step.limit is not None and step.suspects is not None and step.blamed is not None
-        step.kept = self.probes.any_column(written != 0)  # the others were zeroed in place since the last pass
-        step.gradient = step.gradient * self.probes.spread(step.kept)
-        apart = unlike(step.gradient, written, self.probes.widths(), step.limit)
-        apart = apart & self.probes.mask(p.seen for p in step.probes)
+        step.kept = self.gauges.any_column(written != 0)  # the others were zeroed in place since the last pass
+        step.gradient = step.gradient * self.gauges.spread(step.kept)
+        apart = unlike(step.gradient, written, self.gauges.widths(), step.limit)
+        apart = apart & self.gauges.mask(p.seen for p in step.gauges)
         step.suspects = step.suspects | (apart & step.blamed)
         step.mark("changed", (apart & ~step.suspects).any())
         step.mark("vanished", (written == 0).all())
@@ -248,14 +248,14 @@ class Pipeline:
         """Leave out the parameters that are contradicted, or wait for the check of their rows."""
         step.left_out = self._judge(step)
         if step.late is not None:
-            if not self.probes.host:
+            if not self.gauges.host:
                 step.mark("changed", step.late.any())
             elif bool(step.late.any()):
                 step.left_out = step.late if step.left_out is None else step.left_out | step.late
-        out = self.probes.left_out.reasons
-        gone = self.probes.mask(p.name in out or not p.seen for p in step.probes)
+        out = self.gauges.left_out.reasons
+        gone = self.gauges.mask(p.name in out or not p.seen for p in step.gauges)
         if step.left_out is not None:
-            step.gradient = step.gradient * ~self.probes.spread(step.left_out)
+            step.gradient = step.gradient * ~self.gauges.spread(step.left_out)
             gone = gone | step.left_out
         if step.taken.taps:
             step.mark("nothing", gone.all())
@@ -264,22 +264,22 @@ class Pipeline:
     def _judge(self, step: Step) -> Tensor | None:
         """Leave out the suspects: bool [P]. Where the host is not to wait for which, the step is not valid."""
         suspects = step.suspects
-        if not self.probes.host:
+        if not self.gauges.host:
             if suspects is not None:
                 step.mark("changed", suspects.any())
             return None
-        probes, out = step.probes, self.probes.left_out
-        bad = set() if suspects is None else {p.name for p, x in zip(probes, suspects.tolist(), strict=True) if x}
-        found = [p for p in probes if p.name in bad and p.name not in out.reasons]
+        gauges, out = step.gauges, self.gauges.left_out
+        bad = set() if suspects is None else {p.name for p, x in zip(gauges, suspects.tolist(), strict=True) if x}
+        found = [p for p in gauges if p.name in bad and p.name not in out.reasons]
         out.acquit(step.taken.squares.keys() - {p.name for p in found})
-        for probe in out.suspect(found, UNSEEN):
-            self.memory.forget_columns(probe.columns)
-        frozen = [p for p in probes if not p.param.requires_grad]
-        return self.probes.mask(p in found or p in frozen for p in probes) if found or frozen else None
+        for gauge in out.suspect(found, UNSEEN):
+            self.memory.forget_columns(gauge.columns)
+        frozen = [p for p in gauges if not p.param.requires_grad]
+        return self.gauges.mask(p in found or p in frozen for p in gauges) if found or frozen else None
 
-    def _drop(self, probe: Probe, reason: str) -> None:
-        self.probes.left_out.drop(probe.name, reason)
-        self.memory.forget_columns(probe.columns)
+    def _drop(self, gauge: Gauge, reason: str) -> None:
+        self.gauges.left_out.drop(gauge.name, reason)
+        self.memory.forget_columns(gauge.columns)
 
     def read(self, step: Step, theta: Tensor, last_unmeasured: int) -> None:
         """The gradients against one another and against the memory; ``theta`` [K], where they were taken; effects are
@@ -333,7 +333,7 @@ class Pipeline:
         built: Callable[[StepReport], None],
     ) -> Delivery:
         """What the host needs, on its way there; ``built`` is told of the report."""
-        maps = self.grams.maps(self.probes)
+        maps = self.grams.maps(self.gauges)
         exact = all(m.exact for m in maps)  # then there is no error to compute
         sketches = None if exact else Sketches(step.gradient[: len(tasks)], maps)
         delivery = Delivery(tasks, number, values, sketches, self._tell, built)

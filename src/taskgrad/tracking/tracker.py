@@ -19,7 +19,7 @@ from ..capture.shared_row import make_plain
 from ..capture.task_rows import Rows, counts_by_task
 from ..checks.row_check import RowCheck
 from ..parameters.coverage import Coverage
-from ..parameters.probes import Probes
+from ..parameters.gauges import Gauges
 from ..report import StepReport
 from .batch_arguments import check_batch, check_ids
 from .batches import Batch, Batches
@@ -60,13 +60,13 @@ class TaskGradTracker:
         self._batches = Batches()
         width = None if mode == "exact" else sketch_dim
         exact_gram = mode == "exact_gram"
-        self._probes = Probes(model, self._batches, len(self.tasks), width, SKETCH_SEED, include, exact_gram)
+        self._gauges = Gauges(model, self._batches, len(self.tasks), width, SKETCH_SEED, include, exact_gram)
         try:
             self._root = RootHooks(model, self._called, self._returned)
-            self._row_check = RowCheck(model, self._batches, self._probes.sites, verify, process_group)
+            self._row_check = RowCheck(model, self._batches, self._gauges.sites, verify, process_group)
             self._steps = Steps(
                 self.tasks,
-                self._probes,
+                self._gauges,
                 self._batches,
                 self._row_check,
                 schedule=Schedule(every, max_unmeasured, len(self.tasks)),
@@ -81,7 +81,7 @@ class TaskGradTracker:
             self._listener: Listener | None = None
             self._hooks = StepHooks(optimizers, self._steps) if optimizers else None
         except BaseException:
-            self._probes.remove()  # a tracker that was not made leaves nothing behind
+            self._gauges.remove()  # a tracker that was not made leaves nothing behind
             raise
 
     def batch(
@@ -146,12 +146,12 @@ class TaskGradTracker:
 
     def _rows(self, ids: Tensor, weight: Tensor | None = None, total: float | Tensor | None = None) -> Rows:
         with torch.inference_mode(False):
-            return Rows(ids, len(self.tasks), self._probes.device, weight, total)
+            return Rows(ids, len(self.tasks), self._gauges.device, weight, total)
 
     def _ran(self, batch: Batch) -> None:
         """A backward pass ran through the batch, maybe one that had been given up, or looked like an evaluation
         (reentrant checkpointing of the whole model)."""
-        batch.task_rows.backward = self._probes.accumulation.arrive()
+        batch.task_rows.backward = self._gauges.accumulation.arrive()
         if batch is not self._batches.open:
             self._count(batch)
         if all(b is not batch for b in self._batches.pending):
@@ -283,12 +283,12 @@ class TaskGradTracker:
         gradient = self._steps.gradient
         if gradient is None:
             raise RuntimeError("task_gradients() needs a closed step: call optimizer.step() first")
-        return {p.name: gradient[:, p.columns].unflatten(1, p.param.shape) for p in self._probes.live()}
+        return {p.name: gradient[:, p.columns].unflatten(1, p.param.shape) for p in self._gauges.live()}
 
     def coverage(self) -> Coverage:
         """Which parameters the numbers are about, and why the others are not."""
         self._steps.drop_unattributed()
-        return self._probes.coverage(self._row_check.reason, self._row_check.late)
+        return self._gauges.coverage(self._row_check.reason, self._row_check.late)
 
     def verify(self, *args: Any, **kwargs: Any) -> Coverage:
         """Check inside ``with tracker.batch(ids)`` that the rows of every layer are the rows of the batch.
@@ -348,10 +348,10 @@ class TaskGradTracker:
         if self._listener is not None:
             self._listener.lost(replaced=False)
             self._listener = None
-        self._probes.remove()
+        self._gauges.remove()
         if self._hooks is not None:
             self._hooks.remove()
         self._root.take_away()
         self._row_check.leave(failed=True)
         self._batches.pending.clear()
-        self._probes.discard()
+        self._gauges.discard()
