@@ -83,7 +83,7 @@ def variants(s: Setting, device: torch.device) -> dict[str, Callable[[], Any]]:
         tracker = tg.track(model, [str(t) for t in range(s.tasks)])
         with tracker.batch(ids):
             losses(model, tokens).mean().backward()
-        return {"θ": tracker._probes.theta, "gradients": tracker._probes.accumulation.settle}
+        return {"θ": tracker._gauges.theta, "gradients": tracker._gauges.accumulation.settle}
 
     def one_by_one(model: nn.Module) -> None:
         params = list(model.parameters())

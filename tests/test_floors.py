@@ -94,9 +94,9 @@ def test_nothing_imports_upward() -> None:
         ("taskgrad.report", "from .tracking.delivery import Delivery"),
         ("taskgrad.checks.sums", "from ..statistics.memory import TaskMemory"),
         ("taskgrad.checks.sums", "import torch, taskgrad.tracking.steps"),
-        ("taskgrad.capture", "from ..parameters.probes import Probes"),
+        ("taskgrad.capture", "from ..parameters.gauges import Gauges"),
         ("taskgrad.capture.base", "def late():\n    from ..checks import sums"),
-        ("taskgrad.ops.triton.sum_gram", "from ...capture.base import Probe"),
+        ("taskgrad.ops.triton.sum_gram", "from ...capture.base import Gauge"),
         ("taskgrad._text", "from . import report"),
     ],
 )

@@ -19,7 +19,7 @@ from ._lazy import on_first_use
 
 if TYPE_CHECKING:
     from . import ops
-    from .capture import Capture, Probe, Unattributed, per_example, register_capture
+    from .capture import Capture, Gauge, Unattributed, per_example, register_capture
     from .capture.task_rows import Rows
     from .checkpoint import load_checkpoint, save_checkpoint
     from .parameters.coverage import Coverage
@@ -37,7 +37,7 @@ else:
             "Batch": "tracking.batches",
             "Capture": "capture",
             "Coverage": "parameters.coverage",
-            "Probe": "capture",
+            "Gauge": "capture",
             "Rows": "capture.task_rows",
             "StepReport": "report",
             "TaskGradTracker": "tracking.tracker",
@@ -66,7 +66,7 @@ __all__ = [
     "Batch",
     "Capture",
     "Coverage",
-    "Probe",
+    "Gauge",
     "Rows",
     "StepReport",
     "TaskGradTracker",

@@ -157,7 +157,7 @@ def test_going_back_to_an_older_state_takes_back_what_was_left_out_since() -> No
     saved, state = _save(tracker)
     expected = [_step(tracker, number).to_dict() for number in (2, 3)]
     with pytest.warns(UserWarning, match=r"3\.weight"):
-        tracker._probes.left_out.drop("3.weight", "for this test")
+        tracker._gauges.left_out.drop("3.weight", "for this test")
     _step(tracker, 4)
     assert "3.weight" in tracker.coverage().unattributed
     model.load_state_dict(saved)
@@ -169,7 +169,7 @@ def test_going_back_to_an_older_state_takes_back_what_was_left_out_since() -> No
 def test_what_was_left_out_stays_out_and_is_said_once() -> None:
     tracker = _track(_model())
     with pytest.warns(UserWarning, match=r"3\.weight"):
-        tracker._probes.left_out.drop("3.weight", "for this test")
+        tracker._gauges.left_out.drop("3.weight", "for this test")
     _step(tracker, 0)
     saved, state = _save(tracker)
     again = _track(_model(1))
@@ -316,7 +316,7 @@ def test_a_diverged_run_is_told_from_a_damaged_state() -> None:
     _step(tracker, 0)
     with torch.no_grad():
         tracker.model[0].weight[0, 0] = torch.inf
-    tracker._steps.theta = tracker._probes.theta()
+    tracker._steps.theta = tracker._gauges.theta()
     tracker._steps.memory.after[0] = tracker._steps.theta
     with pytest.raises(ValueError, match=r"memory\.after.*diverged"):
         _track(_model()).load_state_dict(tracker.state_dict())

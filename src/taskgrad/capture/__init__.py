@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 
 from . import conv, embedding, norm
-from .base import Capture, Probe, Unattributed, find_capture, register_capture
+from .base import Capture, Gauge, Unattributed, find_capture, register_capture
 from .linear import Conv1DCapture
 from .per_example import per_example
 
 __all__ = [
     "Capture",
-    "Probe",
+    "Gauge",
     "Unattributed",
     "conv",
     "embedding",

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 if TYPE_CHECKING:
-    from .base import Probe
+    from .base import Gauge
 
 
 @dataclass
@@ -91,11 +91,11 @@ class Accumulation:
         checking: compare what arrives at parameters and taps in the passes to come.
     """
 
-    def __init__(self, probes: Callable[[], Iterable[Probe]]) -> None:
+    def __init__(self, gauges: Callable[[], Iterable[Gauge]]) -> None:
         self.count = 0
         self.interrupted = False
         self.checking = False
-        self._probes = probes
+        self._gauges = gauges
         self._task = -1
         self._open: set[int] = set()  # graph tasks that have not ended: more than one where passes are nested
 
@@ -119,46 +119,46 @@ class Accumulation:
             self._open.clear()
             self.interrupted = True
         written = []
-        for probe in self._probes():
-            held, grad = probe.held, probe.param.grad
+        for gauge in self._gauges():
+            held, grad = gauge.held, gauge.param.grad
             if nested and held.in_flight and not (grad is None and held.param_pass > held.noted_pass):
                 continue  # what a pass that was interrupted had added is gone: it is no pass under way
             if grad is None:
-                self._let_go(probe)
+                self._let_go(gauge)
             elif not held.untouched(grad) and (
-                nested or not compare or probe.tap.grad is not None or held.param_pass > held.gone
+                nested or not compare or gauge.tap.grad is not None or held.param_pass > held.gone
             ):
-                written.append(probe)
+                written.append(gauge)
         zeros = are_zero(written) if compare else [False] * len(written)
-        for probe, zero in zip(written, zeros, strict=True):
+        for gauge, zero in zip(written, zeros, strict=True):
             if zero:
-                self._let_go(probe)
+                self._let_go(gauge)
             else:
-                probe.held.written = True
+                gauge.held.written = True
         if self.interrupted:
-            self.interrupted = any(p.held.param_pass > p.held.gone for p in self._probes())
+            self.interrupted = any(p.held.param_pass > p.held.gone for p in self._gauges())
 
-    def _let_go(self, probe: Probe) -> None:
-        held = probe.held
+    def _let_go(self, gauge: Gauge) -> None:
+        held = gauge.held
         if held.in_flight:
             self._open.clear()  # of a pass that was interrupted
         number = self.count if held.in_flight or held.noted_pass > held.gone else held.gone
         held.noted_pass = max(held.noted_pass, held.param_pass, held.tap_pass)
-        probe.discard()
+        gauge.discard()
         held.release(number)
 
     def _end(self, task: int) -> None:
         """After the last gradient of a pass."""
         self._open.discard(task)
-        for probe in self._probes():
-            if probe.held.in_flight:
-                probe.held.note(probe.param.grad)
-                probe.compare()
+        for gauge in self._gauges():
+            if gauge.held.in_flight:
+                gauge.held.note(gauge.param.grad)
+                gauge.compare()
 
 
-def are_zero(probes: list[Probe]) -> list[bool]:
+def are_zero(gauges: list[Gauge]) -> list[bool]:
     """Whether every entry of the gradients is zero; waits for a GPU."""
-    grads = [p.param.grad.detach() for p in probes if p.param.grad is not None]
+    grads = [p.param.grad.detach() for p in gauges if p.param.grad is not None]
     if not grads:
         return []
     dense = [g if g.layout is torch.strided else g.to_dense() for g in grads]

@@ -40,7 +40,7 @@ class Arrived:
     tap: Tensor | None = None
 
 
-class Probe:
+class Gauge:
     """One parameter's map, and the leaf whose gradient is the per-task sketch of the parameter's gradient; with
     ``gram`` also the Gram of its one use.
 
@@ -160,13 +160,13 @@ class Capture(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def forward(self, module: nn.Module, rows: Rows, probes: Mapping[str, Probe], *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, module: nn.Module, rows: Rows, gauges: Mapping[str, Gauge], *args: Any, **kwargs: Any) -> Tensor:
         """The module's forward, with the statistics attached.
 
         Args:
             module: the tracked module.
             rows: the rows of the batch, sorted by task.
-            probes: of the parameters in ``params`` that require a gradient; at least one.
+            gauges: of the parameters in ``params`` that require a gradient; at least one.
             *args, **kwargs: as the module was called.
 
         Raises:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.segment_sum import stat_dtype
-from .base import Capture, Probe, Unattributed, register_capture, rows_of, shape_text
+from .base import Capture, Gauge, Unattributed, register_capture, rows_of, shape_text
 from .function import keep, kept, operands, pack
 from .task_rows import Rows
 
@@ -53,7 +53,7 @@ class _AnyConv(Capture):
         self,
         module: Any,
         rows: Rows,
-        probes: Mapping[str, Probe],
+        gauges: Mapping[str, Gauge],
         x: Tensor,
         padding: Sequence[int],
         transposed: bool,
@@ -63,7 +63,7 @@ class _AnyConv(Capture):
         tensors = operands(rows, x, module.weight, module.bias)
         options = list(module.stride), list(padding), list(module.dilation), transposed, output_padding, module.groups
         # the tasks are gone through on the host
-        packed = pack(rows, probes.get("weight"), probes.get("bias"), offsets=rows.ids_offsets)
+        packed = pack(rows, gauges.get("weight"), gauges.get("bias"), offsets=rows.ids_offsets)
         return _Conv.apply(*tensors, options, *packed)  # type: ignore[no-any-return]
 
     def check(self, module: Any, rows: Rows, x: Tensor) -> None:
@@ -80,7 +80,7 @@ class _AnyConv(Capture):
 @register_capture(nn.Conv2d)
 @register_capture(nn.Conv3d)
 class ConvCapture(_AnyConv):
-    def forward(self, module: nn.Module, rows: Rows, probes: Mapping[str, Probe], *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, module: nn.Module, rows: Rows, gauges: Mapping[str, Gauge], *args: Any, **kwargs: Any) -> Tensor:
         assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         x = args[0] if args else kwargs["input"]
         self.check(module, rows, x)
@@ -91,7 +91,7 @@ class ConvCapture(_AnyConv):
         elif isinstance(padding, str):
             x = nn.functional.pad(x, module._reversed_padding_repeated_twice)
             padding = tuple(zeros)
-        return self.run(module, rows, probes, x, padding, False, zeros)
+        return self.run(module, rows, gauges, x, padding, False, zeros)
 
 
 @register_capture(nn.ConvTranspose1d)
@@ -102,7 +102,7 @@ class ConvTransposeCapture(_AnyConv):
         self,
         module: nn.Module,
         rows: Rows,
-        probes: Mapping[str, Probe],
+        gauges: Mapping[str, Gauge],
         input: Tensor,
         output_size: list[int] | None = None,
     ) -> Tensor:
@@ -117,4 +117,4 @@ class ConvTransposeCapture(_AnyConv):
                 f"an output_padding of {tuple(extra)} with a stride of {tuple(stride)} leaves outputs that no "
                 "convolution back to the input passes"
             )
-        return self.run(module, rows, probes, input, padding, True, list(extra))
+        return self.run(module, rows, gauges, input, padding, True, list(extra))

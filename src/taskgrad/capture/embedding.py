@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.segment_sum import stat_dtype
-from .base import Capture, Probe, Unattributed, register_capture, shape_text
+from .base import Capture, Gauge, Unattributed, register_capture, shape_text
 from .function import Part, Split, keep, kept, pack, refuse_double_backward
 from .shared_row import SharedRow, shared_row
 from .sketch import scaled
@@ -108,11 +108,11 @@ class EmbeddingCapture(Capture):
             return "Embedding with max_norm or scale_grad_by_freq is not split by task"
         return None
 
-    def forward(self, module: nn.Module, rows: Rows, probes: Mapping[str, Probe], *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, module: nn.Module, rows: Rows, gauges: Mapping[str, Gauge], *args: Any, **kwargs: Any) -> Tensor:
         index = args[0] if args else kwargs["input"]
-        probe = probes["weight"]
+        gauge = gauges["weight"]
         padding_idx = -1 if module.padding_idx is None else module.padding_idx
-        packed = pack(rows, probe)
+        packed = pack(rows, gauge)
         if rows.match(index, 0):
             where = (index, module.weight, padding_idx, rows.entries)
             return _Embedding.apply(*where, *packed)  # type: ignore[no-any-return]
@@ -124,7 +124,7 @@ class EmbeddingCapture(Capture):
             )
         weight = module.weight
         assert isinstance(weight, Tensor)
-        row, echo = _Row.apply(index, weight, padding_idx, probe.stray)
+        row, echo = _Row.apply(index, weight, padding_idx, gauge.stray)
         at = (echo, index, weight.detach(), padding_idx, rows.entries, examples)
         if not torch.compiler.is_compiling():
             rows.shared.append(row)

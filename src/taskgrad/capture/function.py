@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops.segment_sum import stat_dtype
-from .base import Probe
+from .base import Gauge
 from .sketch import scaled
 from .tap import tap_grad, tap_grad_of
 from .task_rows import Rows
@@ -25,12 +25,12 @@ Split = tuple[Tensor, Tensor | None]  # the gradient of a parameter, and of its 
 NOTHING = (None,) * 4  # for a parameter that is not split
 
 
-def pack(rows: Rows, *probes: Probe | None, offsets: Tensor | None = None) -> Packed:
+def pack(rows: Rows, *gauges: Gauge | None, offsets: Tensor | None = None) -> Packed:
     """The last arguments of a Function: what it has to know of the batch, then four for each of its parameters, in
     their order; ``None`` for one that is not split. ``offsets``: those of ``rows``, unless others are given."""
     packed: Packed = rows.order, rows.offsets if offsets is None else offsets, rows.receipt
-    for probe in probes:
-        packed += NOTHING if probe is None else probe.packed
+    for gauge in gauges:
+        packed += NOTHING if gauge is None else gauge.packed
     return packed
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Capture, Probe, by_entry, register_capture, rows_of
+from .base import Capture, Gauge, by_entry, register_capture, rows_of
 from .function import keep, kept, operands, pack
 from .task_rows import Rows
 
@@ -46,12 +46,12 @@ class _Linear(torch.autograd.Function):
 class LinearCapture(Capture):
     transposed = False
 
-    def forward(self, module: nn.Module, rows: Rows, probes: Mapping[str, Probe], *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, module: nn.Module, rows: Rows, gauges: Mapping[str, Gauge], *args: Any, **kwargs: Any) -> Tensor:
         x = args[0] if args else kwargs["x" if self.transposed else "input"]
         entries = rows_of(rows, x)
         # each asked for once: a parametrized one is computed
         tensors = operands(rows, x, module.weight, module.bias)  # type: ignore[arg-type]
-        packed = pack(rows, probes.get("weight"), probes.get("bias"))
+        packed = pack(rows, gauges.get("weight"), gauges.get("bias"))
         return _Linear.apply(*tensors, self.transposed, entries, *packed)  # type: ignore[no-any-return]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.segment_sum import stat_dtype
-from .base import Capture, Probe, Unattributed, by_entry, register_capture, rows_of
+from .base import Capture, Gauge, Unattributed, by_entry, register_capture, rows_of
 from .function import autocast_dtype, keep, kept, pack
 from .task_rows import Rows
 
@@ -138,13 +138,13 @@ def _wide(module: nn.Module, x: Tensor) -> tuple[Tensor, torch.dtype]:
 
 @register_capture(nn.LayerNorm)
 class LayerNormCapture(Capture):
-    def forward(self, module: nn.Module, rows: Rows, probes: Mapping[str, Probe], *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, module: nn.Module, rows: Rows, gauges: Mapping[str, Gauge], *args: Any, **kwargs: Any) -> Tensor:
         assert isinstance(module, nn.LayerNorm)
         shape = list(module.normalized_shape)
         x = args[0] if args else kwargs["input"]
         entries = rows_of(rows, x, len(shape))
         wide, dtype = _wide(module, x)
-        packed = pack(rows, probes.get("weight"), probes.get("bias"))
+        packed = pack(rows, gauges.get("weight"), gauges.get("bias"))
         out = _LayerNorm.apply(wide, module.weight, module.bias, shape, module.eps, entries, *packed)
         return out.to(dtype)  # type: ignore[no-any-return]
 
@@ -153,24 +153,24 @@ class LayerNormCapture(Capture):
 class RMSNormCapture(Capture):
     params = ("weight",)
 
-    def forward(self, module: nn.Module, rows: Rows, probes: Mapping[str, Probe], *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, module: nn.Module, rows: Rows, gauges: Mapping[str, Gauge], *args: Any, **kwargs: Any) -> Tensor:
         assert isinstance(module, nn.RMSNorm)
         x = args[0] if args else kwargs["x"]
         dims = list(range(-len(module.normalized_shape), 0))
         entries = rows_of(rows, x, len(dims))
-        packed = pack(rows, probes["weight"])
+        packed = pack(rows, gauges["weight"])
         return _RMSNorm.apply(x, module.weight, dims, module.eps, entries, *packed)  # type: ignore[no-any-return]
 
 
 @register_capture(nn.GroupNorm)
 class GroupNormCapture(Capture):
-    def forward(self, module: nn.Module, rows: Rows, probes: Mapping[str, Probe], *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, module: nn.Module, rows: Rows, gauges: Mapping[str, Gauge], *args: Any, **kwargs: Any) -> Tensor:
         assert isinstance(module, nn.GroupNorm)
         x = args[0] if args else kwargs["input"]
         if len(rows.shape) != 1:
             raise Unattributed(f"a group norm needs one id per example, got ids of shape {rows.shape}")
         rows_of(rows, x)
         wide, dtype = _wide(module, x)
-        packed = pack(rows, probes.get("weight"), probes.get("bias"))
+        packed = pack(rows, gauges.get("weight"), gauges.get("bias"))
         out = _GroupNorm.apply(wide, module.weight, module.bias, module.num_groups, module.eps, *packed)
         return out.to(dtype)  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Probe
+from .base import Gauge
 from .function import keep, kept, pack
 from .task_rows import Rows
 
@@ -26,9 +26,9 @@ class _PerExample(torch.autograd.Function):
         return saved.gradients((grad, None), stats)
 
 
-def per_example(param: Tensor, probe: Probe, rows: Rows) -> Tensor:
+def per_example(param: Tensor, gauge: Gauge, rows: Rows) -> Tensor:
     """``param`` once per task id: [E, *param.shape], an expanded view whose gradient is split by task.
 
     Write the forward of a layer kind of your own with the copies instead of the parameter.
     """
-    return _PerExample.apply(param, rows.entries, *pack(rows, probe))  # type: ignore[no-any-return]
+    return _PerExample.apply(param, rows.entries, *pack(rows, gauge))  # type: ignore[no-any-return]

@@ -4,7 +4,7 @@ The model sees the tensor that it would see without tracking, one row, and all o
 tensor, its hooks and whatever was done to it. Where it is added to rows of the batch, and only there, the addition is
 given the row once per example instead (an expanded view, so the same sum), whose gradient arrives by example: that is
 split by task. What arrived so is added up once more beside the row, at its *echo*; where the row's own gradient turns
-out to be another, the row was used for more than that, and the probe's ``stray`` leaf gets to know.
+out to be another, the row was used for more than that, and the gauge's ``stray`` leaf gets to know.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .base import Capture, Probe, Unattributed
+from .base import Capture, Gauge, Unattributed
 from .route import class_forward, connect, disconnect
 from .task_rows import Rows
 
@@ -28,7 +28,7 @@ class Owner(Protocol):
 
 
 class Site:
-    """A tracked module: its capture, its probes, and why it was left out, if it was.
+    """A tracked module: its capture, its gauges, and why it was left out, if it was.
 
     The state lives here and nothing of it on the module, so copies and pickles of the module come out untracked.
     """
@@ -39,7 +39,7 @@ class Site:
         self.module = module
         self.capture = capture
         self.owner = owner
-        self.probes: Mapping[str, Probe] = {}
+        self.gauges: Mapping[str, Gauge] = {}
         self.route: Any = None  # the function that calls it
         self.reason: str | None = None
         self.unfit: str | None = None  # what a call said of the ids, until the batch is over
@@ -58,11 +58,11 @@ class Site:
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         rows = self.owner.current_rows()
         # no rows, no gradient: an expert without tokens
-        if rows is None or not self.probes or not rows.entries or transformed():
+        if rows is None or not self.gauges or not rows.entries or transformed():
             return self.plain(*args, **kwargs)
         try:
             refuse_layouts(args, kwargs)
-            out = self.capture.forward(self.module, rows, self.probes, *args, **kwargs)
+            out = self.capture.forward(self.module, rows, self.gauges, *args, **kwargs)
             rows.fitted = True
             return out
         except Unattributed as error:

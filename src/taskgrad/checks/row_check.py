@@ -145,7 +145,7 @@ class RowCheck:
         self._known.clear()
         self.wanted = False
         if verified:
-            used = (s.name for s in self.sites if s.probes and all(p.seen for p in s.probes.values()))
+            used = (s.name for s in self.sites if s.gauges and all(p.seen for p in s.gauges.values()))
             self._checked(set(used))
 
     def _checked(self, names: Collection[str]) -> None:
@@ -339,7 +339,7 @@ class RowCheck:
             self.verified, self._suspects = True, None
             self._checked(trial.seen)
             called = {name for name, _ in trial.base.rows} - self._known
-            self.late |= {site.name for site in self.sites if site.probes and site.name in called}
+            self.late |= {site.name for site in self.sites if site.gauges and site.name in called}
         self.told = reason is None
         if reason is not None:
             self._why = reason

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import Capture, Probe
+from ..capture import Capture, Gauge
 from ..capture.accumulation import in_backward
 from ..capture.task_rows import Rows
 
@@ -24,8 +24,8 @@ class Unchecked(Capture):
     def refuse(self, module: nn.Module) -> str | None:
         return self.capture.refuse(module)
 
-    def forward(self, module: nn.Module, rows: Rows, probes: Mapping[str, Probe], *args: Any, **kwargs: Any) -> Tensor:
-        out = self.capture.forward(module, rows, probes, *args, **kwargs)
+    def forward(self, module: nn.Module, rows: Rows, gauges: Mapping[str, Gauge], *args: Any, **kwargs: Any) -> Tensor:
+        out = self.capture.forward(module, rows, gauges, *args, **kwargs)
         if torch.compiler.is_compiling() or not in_backward():
             self.note()
         return out

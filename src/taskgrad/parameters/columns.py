@@ -7,67 +7,67 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..capture import Probe
+from ..capture import Gauge
 
 
 class Columns:
     """P parameters in their order, and K columns, those of their sketches.
 
     Attributes:
-        probes: the parameters by name.
+        gauges: the parameters by name.
         width: K.
     """
 
     def __init__(self, num_tasks: int) -> None:
         self.num_tasks = num_tasks
-        self.probes: dict[str, Probe] = {}
+        self.gauges: dict[str, Gauge] = {}
         self.width = 0
         self._widths: Tensor | None = None
 
-    def append(self, probe: Probe) -> None:
+    def append(self, gauge: Gauge) -> None:
         """Lay it out after the others."""
-        probe.columns = slice(self.width, self.width + probe.sketch.dim)
-        self.probes[probe.name] = probe
-        self.width += probe.sketch.dim
+        gauge.columns = slice(self.width, self.width + gauge.sketch.dim)
+        self.gauges[gauge.name] = gauge
+        self.width += gauge.sketch.dim
         self._widths = None
 
-    def lay_out(self, probes: Sequence[Probe]) -> None:
-        """Anew, as ``probes`` are ordered, those of other parameters after them."""
-        names = {p.name for p in probes}
-        others = [p for name, p in self.probes.items() if name not in names]
-        self.probes, self.width = {}, 0
-        for probe in (*probes, *others):
-            self.append(probe)
+    def lay_out(self, gauges: Sequence[Gauge]) -> None:
+        """Anew, as ``gauges`` are ordered, those of other parameters after them."""
+        names = {p.name for p in gauges}
+        others = [p for name, p in self.gauges.items() if name not in names]
+        self.gauges, self.width = {}, 0
+        for gauge in (*gauges, *others):
+            self.append(gauge)
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.probes.values())).tap.device
+        return next(iter(self.gauges.values())).tap.device
 
     def block(self, taps: Mapping[str, Tensor]) -> Tensor:
         """Statistics G [T + 1, K] from those of the parameters by name; zero where there are none."""
-        dtype = torch.float64 if any(p.tap.dtype == torch.float64 for p in self.probes.values()) else torch.float32
+        dtype = torch.float64 if any(p.tap.dtype == torch.float64 for p in self.gauges.values()) else torch.float32
         out = torch.zeros(self.num_tasks + 1, self.width, dtype=dtype, device=self.device)
         for name, tap in taps.items():
-            probe = self.probes[name]
-            out[:, probe.columns] = probe.layout.sketches(tap)
+            gauge = self.gauges[name]
+            out[:, gauge.columns] = gauge.layout.sketches(tap)
         return out
 
     def theta(self) -> Tensor:
         """Sketch of the parameters themselves, [K] in float64: differences of it are sketches of updates."""
         out = torch.zeros(self.width, dtype=torch.float64, device=self.device)
-        for probe in self.probes.values():
-            if probe.param.shape == probe.shape:
-                out[probe.columns] = probe.sketch_of(probe.param)
+        for gauge in self.gauges.values():
+            if gauge.param.shape == gauge.shape:
+                out[gauge.columns] = gauge.sketch_of(gauge.param)
         return out
 
     def widths(self) -> Tensor:
-        """Columns of every probe, int64 [P]."""
+        """Columns of every gauge, int64 [P]."""
         if self._widths is None or self._widths.device != self.device:
-            self._widths = torch.tensor([p.sketch.dim for p in self.probes.values()], device="cpu").to(self.device)
+            self._widths = torch.tensor([p.sketch.dim for p in self.gauges.values()], device="cpu").to(self.device)
         return self._widths
 
     def mask(self, flags: Iterable[bool]) -> Tensor:
-        """Flags on the device, bool; [P] for one of every probe."""
+        """Flags on the device, bool; [P] for one of every gauge."""
         return torch.tensor(list(flags), dtype=torch.bool, device="cpu").to(self.device, non_blocking=True)
 
     def any_column(self, flags: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 
 from .._text import printable
-from ..capture import Probe
+from ..capture import Gauge
 
 AGAIN = "; if the next comparison agrees it counts again"
 NAMED = 8  # parameters that a warning names of one cause
@@ -46,16 +46,16 @@ class LeftOut:
         if self.add(name, reason):
             self.warn({name: reason} if name not in self.warned else {})
 
-    def suspect(self, probes: Sequence[Probe], reason: str) -> list[Probe]:
+    def suspect(self, gauges: Sequence[Gauge], reason: str) -> list[Gauge]:
         """Parameters that a comparison contradicts: left out of this step, and for good if the last comparison
         contradicted them too. Returns the latter."""
-        again = [p for p in probes if p.name in self.suspects]
-        for probe in probes:
-            if probe.name not in self.suspects:
-                self.suspects[probe.name] = reason + AGAIN
-        self.warn({p.name: reason for p in probes if p.name not in self.warned})
-        for probe in again:
-            self.drop(probe.name, reason)
+        again = [p for p in gauges if p.name in self.suspects]
+        for gauge in gauges:
+            if gauge.name not in self.suspects:
+                self.suspects[gauge.name] = reason + AGAIN
+        self.warn({p.name: reason for p in gauges if p.name not in self.warned})
+        for gauge in again:
+            self.drop(gauge.name, reason)
         return again
 
     def acquit(self, names: Collection[str]) -> None:

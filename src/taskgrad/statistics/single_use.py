@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..capture import Probe
+from ..capture import Gauge
 
 REASON = "used more than once in a step, and accumulate=False adds up Grams of single uses; use accumulate=True"
 
@@ -29,7 +29,7 @@ class Uses:
     ``repeated``: bool [P].
     """
 
-    probes: list[Probe]
+    gauges: list[Gauge]
     grams: list[Tensor]
     nothing: Tensor
     repeated: Tensor
@@ -41,14 +41,14 @@ class Uses:
     def gram(self, without: Collection[str], scale: Tensor | None) -> Tensor:
         """The step's Gram [T + 1, T + 1], float64, but for the parameters named in ``without``; symmetric."""
         # not by indexing one tensor: a GPU would be waited for while the indices are on their way
-        kept = [gram for probe, gram in zip(self.probes, self.grams, strict=True) if probe.name not in without]
+        kept = [gram for gauge, gram in zip(self.gauges, self.grams, strict=True) if gauge.name not in without]
         total = torch.stack([self.nothing, *kept]).sum(0)
         total = (total + total.mT) / 2  # the tap may have rounded to float32
         return total if scale is None else total / scale.double() ** 2
 
 
-def read_uses(probes: list[Probe], taps: Mapping[str, Tensor], num_tasks: int, device: torch.device) -> Uses:
-    """What ``taps``, by the names of ``probes``, say of Grams and uses."""
+def read_uses(gauges: list[Gauge], taps: Mapping[str, Tensor], num_tasks: int, device: torch.device) -> Uses:
+    """What ``taps``, by the names of ``gauges``, say of Grams and uses."""
     nothing = torch.zeros(num_tasks + 1, num_tasks + 1, dtype=torch.float64, device=device)
-    uses = torch.stack([nothing[0, 0], *(p.layout.uses(taps[p.name]) for p in probes)])[1:]
-    return Uses(probes, [p.layout.gram_of(taps[p.name]).double() for p in probes], nothing, uses > 1)
+    uses = torch.stack([nothing[0, 0], *(p.layout.uses(taps[p.name]) for p in gauges)])[1:]
+    return Uses(gauges, [p.layout.gram_of(taps[p.name]).double() for p in gauges], nothing, uses > 1)

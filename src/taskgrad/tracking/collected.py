@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..capture import Probe
+from ..capture import Gauge
 from .batches import Batch
 
 
@@ -81,36 +81,36 @@ class Collected:
     passes: int = 0  # backward passes so far, as the first was taken
     strays: list[Tensor] = field(default_factory=list)  # not looked at on the host
 
-    def take(self, probe: Probe, counts: bool, read: bool) -> None:
-        """Take a probe's statistics. ``counts``: it is not left out; ``read``: look at its gradient in any case."""
-        held, grad, name = probe.held, probe.param.grad, probe.name
+    def take(self, gauge: Gauge, counts: bool, read: bool) -> None:
+        """Take a gauge's statistics. ``counts``: it is not left out; ``read``: look at its gradient in any case."""
+        held, grad, name = gauge.held, gauge.param.grad, gauge.name
         self.names.add(name)
         if counts:
-            if probe.tap.grad is not None:
-                self.taps[name] = probe.tap.grad
+            if gauge.tap.grad is not None:
+                self.taps[name] = gauge.tap.grad
                 self.first, self.gone = min(self.first, held.first), max(self.gone, held.gone)
-            if grad is not None and (held.written or held.foreign or read or probe.hooked):
-                self.written[name] = probe.sketch_of(grad if grad.layout is torch.strided else grad.to_dense())
+            if grad is not None and (held.written or held.foreign or read or gauge.hooked):
+                self.written[name] = gauge.sketch_of(grad if grad.layout is torch.strided else grad.to_dense())
             if held.written:
                 self.others.add(name)
             if held.foreign:
                 self.foreign.add(name)
-            if probe.squares is not None:
-                self.squares[name] = probe.squares
-        probe.discard()
+            if gauge.squares is not None:
+                self.squares[name] = gauge.squares
+        gauge.discard()
 
-    def all_squares(self, probes: Sequence[Probe], device: torch.device) -> Tensor | None:
+    def all_squares(self, gauges: Sequence[Gauge], device: torch.device) -> Tensor | None:
         """[P, 3], zeros for parameters that no checked pass reached; ``None`` if none was checked."""
         if not self.squares:
             return None
         none = torch.zeros(3, dtype=torch.float64, device=device)
-        return torch.stack([self.squares.get(p.name, none) for p in probes])
+        return torch.stack([self.squares.get(p.name, none) for p in gauges])
 
-    def all_written(self, probes: Sequence[Probe], gradient: Tensor) -> Tensor:
+    def all_written(self, gauges: Sequence[Gauge], gradient: Tensor) -> Tensor:
         """Sketch of ``param.grad`` [K] in float64: read where others may have written it, else what the taps,
         ``gradient`` [T + 1, K], add up to."""
         out: Tensor = gradient.double().sum(0)
-        for probe in probes:
-            if probe.name in self.written:
-                out[probe.columns] = self.written[probe.name]
+        for gauge in gauges:
+            if gauge.name in self.written:
+                out[gauge.columns] = self.written[gauge.name]
         return out

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..capture import Probe
-from ..parameters.probes import Probes
+from ..capture import Gauge
+from ..parameters.gauges import Gauges
 from ..statistics.windows import WINDOW_APPEARANCES, WINDOW_STEPS
 
 if TYPE_CHECKING:
@@ -102,15 +102,15 @@ TENSORS = {
 
 def state_of(tracker: TaskGradTracker) -> dict[str, Any]:
     """See ``TaskGradTracker.state_dict``."""
-    probes = tracker._probes
+    gauges = tracker._gauges
     state = {
         **_settings(tracker),
         "step": tracker._steps.count,
         "verified": tracker._row_check.reason is None,
         # in the order of the columns: name, shape, number of columns, whether a step has used it
-        "parameters": [[p.name, list(p.param.shape), p.sketch.dim, p.seen] for p in probes.probes.values()],
-        "left_out": dict(probes.left_out.reasons),
-        "suspects": dict(probes.left_out.suspects),
+        "parameters": [[p.name, list(p.param.shape), p.sketch.dim, p.seen] for p in gauges.gauges.values()],
+        "left_out": dict(gauges.left_out.reasons),
+        "suspects": dict(gauges.left_out.suspects),
         **{name: attrgetter(name)(tracker._steps).detach().to("cpu", copy=True) for name in TENSORS},
     }
     return {**state, "digest": _digests(state)}
@@ -123,7 +123,7 @@ class Load:
     tracker: TaskGradTracker
     step: int
     verified: bool
-    probes: list[Probe]
+    gauges: list[Gauge]
     seen: list[bool]
     left_out: dict[str, str]
     suspects: dict[str, str]
@@ -132,7 +132,7 @@ class Load:
     def commit(self) -> None:
         """Replace everything. What the tracker had of the step under way is given up."""
         tracker, steps = self.tracker, self.tracker._steps
-        tracker._probes.adopt(self.probes, self.seen, self.left_out, self.suspects)
+        tracker._gauges.adopt(self.gauges, self.seen, self.left_out, self.suspects)
         for name, value in self.tensors.items():
             owner, attr = name.rsplit(".", 1)
             setattr(attrgetter(owner)(steps), attr, value)
@@ -163,21 +163,21 @@ def check_state(tracker: TaskGradTracker, state: Mapping[str, Any]) -> Load:
         raise ValueError(f"state_dict['step'] must be a number of steps, got {_shown(step)}")
     if type(verified) is not bool:
         raise TypeError(f"state_dict['verified'] must be True or False, got {_shown(verified)}")
-    left_out, suspects = (_check_reasons(tracker._probes, state, name) for name in ("left_out", "suspects"))
-    probes, seen = _check_parameters(tracker._probes, _field(state, "parameters"), left_out)
+    left_out, suspects = (_check_reasons(tracker._gauges, state, name) for name in ("left_out", "suspects"))
+    gauges, seen = _check_parameters(tracker._gauges, _field(state, "parameters"), left_out)
     _check_digests(state, fields, plain)  # before what one that was changed would make look wrong
-    sizes = {"T": len(tracker.tasks), "K": sum(p.sketch.dim for p in probes), "P": len(probes)}
+    sizes = {"T": len(tracker.tasks), "K": sum(p.sketch.dim for p in gauges), "P": len(gauges)}
     for name, table in TENSORS.items():
         _check_form(name, _field(state, name), table, sizes)
     _check_digests(state, fields, fields)
     for name, table in TENSORS.items():
         _check_values(name, state[name].detach(), table, state)
-    new = {name: reason for name, reason in left_out.items() if name not in tracker._probes.left_out.reasons}
-    tracker._probes.left_out.warn(new)
-    device = next(iter(tracker._probes.params.values())).device  # the model may have been moved since track()
+    new = {name: reason for name, reason in left_out.items() if name not in tracker._gauges.left_out.reasons}
+    tracker._gauges.left_out.warn(new)
+    device = next(iter(tracker._gauges.params.values())).device  # the model may have been moved since track()
     with torch.inference_mode(False):  # or they could not be written to in the next step
         tensors = {name: state[name].detach().to(device, copy=True).contiguous() for name in TENSORS}
-    return Load(tracker, step, verified, probes, seen, left_out, suspects, tensors)
+    return Load(tracker, step, verified, gauges, seen, left_out, suspects, tensors)
 
 
 def _shown(value: Any) -> str:
@@ -194,7 +194,7 @@ def _field(state: Mapping[str, Any], name: str) -> Any:
     return state[name]
 
 
-def _check_reasons(probes: Probes, state: Mapping[str, Any], field: str) -> dict[str, str]:
+def _check_reasons(gauges: Gauges, state: Mapping[str, Any], field: str) -> dict[str, str]:
     """A field that maps names of parameters to reasons."""
     reasons, where = _field(state, field), f"state_dict[{field!r}]"
     if not isinstance(reasons, Mapping):
@@ -202,16 +202,16 @@ def _check_reasons(probes: Probes, state: Mapping[str, Any], field: str) -> dict
     for name, reason in reasons.items():
         if type(name) is not str or type(reason) is not str:
             raise TypeError(f"{where} must map names to reasons, got {_shown(name)}: {_shown(reason)}")
-        if name not in probes.params:
+        if name not in gauges.params:
             raise ValueError(f"{where} names the parameter {name!r}, which this model has not")
     return dict(reasons)
 
 
-def _check_parameters(probes: Probes, parameters: Any, left_out: Mapping[str, str]) -> tuple[list[Probe], list[bool]]:
-    """The probes that the state's columns belong to, in its order, new ones where this tracker has none yet."""
+def _check_parameters(gauges: Gauges, parameters: Any, left_out: Mapping[str, str]) -> tuple[list[Gauge], list[bool]]:
+    """The gauges that the state's columns belong to, in its order, new ones where this tracker has none yet."""
     if not isinstance(parameters, (list, tuple)):
         raise TypeError(f"state_dict['parameters'] must be a list, got {_shown(parameters)}")
-    found: dict[str, Probe] = {}
+    found: dict[str, Gauge] = {}
     seen = []
     for entry in parameters:
         if not isinstance(entry, (list, tuple)) or len(entry) != 4:
@@ -224,22 +224,22 @@ def _check_parameters(probes: Probes, parameters: Any, left_out: Mapping[str, st
             )
         if name in found:
             raise ValueError(f"state_dict['parameters'] names {name!r} twice")
-        if name not in probes.params:
+        if name not in gauges.params:
             raise ValueError(f"state_dict['parameters'] names {name!r}, which this model has not")
-        have = probes.params[name].shape
+        have = gauges.params[name].shape
         if tuple(shape) != tuple(have):
             raise ValueError(f"state_dict['parameters']: {name!r} has shape {_shown(tuple(shape))}, here {tuple(have)}")
-        if name in probes.left_out.unfit and name not in left_out:
+        if name in gauges.left_out.unfit and name not in left_out:
             raise ValueError(
                 f"state_dict['parameters'] has numbers of {name!r}, which this tracker leaves out "
-                f"({probes.left_out.unfit[name]}): track the model as it was tracked when the state was saved"
+                f"({gauges.left_out.unfit[name]}): track the model as it was tracked when the state was saved"
             )
-        probe = probes.probes.get(name) or probes.make(name)
-        if columns != probe.sketch.dim:
+        gauge = gauges.gauges.get(name) or gauges.make(name)
+        if columns != gauge.sketch.dim:
             raise ValueError(
-                f"state_dict['parameters']: {name!r} has {_shown(columns)} columns, here {probe.sketch.dim}"
+                f"state_dict['parameters']: {name!r} has {_shown(columns)} columns, here {gauge.sketch.dim}"
             )
-        found[name] = probe
+        found[name] = gauge
         seen.append(used)
     return list(found.values()), seen
 

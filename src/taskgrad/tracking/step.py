@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from .._ranks import world_size
-from ..capture import Probe
+from ..capture import Gauge
 from ..checks.row_check import RowCheck
 from ..checks.sums import differing, tolerances, unlike
-from ..parameters.probes import UNSEEN, Probes
+from ..parameters.gauges import UNSEEN, Gauges
 from ..report import StepReport, gather
 from ..statistics.cosine import cosines
 from ..statistics.memory import Reading, TaskMemory
@@ -39,7 +39,7 @@ class Step:
     """What the stages have found out of a step so far, on the device; P parameters, K columns.
 
     Attributes:
-        probes: of the P parameters, in the order of their columns.
+        gauges: of the P parameters, in the order of their columns.
         taken: what was taken off their taps.
         gradient: G [T + 1, K], free of the loss scale; zero for what is left out.
         gram_source: what the Gram is going to come from.
@@ -59,7 +59,7 @@ class Step:
         reading: of the memory.
     """
 
-    probes: list[Probe]
+    gauges: list[Gauge]
     taken: Collected
     gradient: Tensor
     gram_source: StepGram
@@ -89,7 +89,7 @@ class Pipeline:
 
     def __init__(
         self,
-        probes: Probes,
+        gauges: Gauges,
         memory: TaskMemory,
         overwriting: Overwriting,
         row_check: RowCheck,
@@ -97,7 +97,7 @@ class Pipeline:
         loss_scale: GradScaler | Tensor | None,
         group: dist.ProcessGroup | None,
     ) -> None:
-        self.probes, self.memory, self.overwriting, self.row_check = probes, memory, overwriting, row_check
+        self.gauges, self.memory, self.overwriting, self.row_check = gauges, memory, overwriting, row_check
         self.grams = grams
         self._loss_scale, self._group = loss_scale, group
 
@@ -110,54 +110,54 @@ class Pipeline:
     def collect(self, taken: Collected, batches: list[Batch], misfit: bool) -> Step:
         """What was taken off the taps and the batches that ran backward, side by side on the device. ``misfit``: ids
         of a batch fitted no layer."""
-        probes, device = list(self.probes.probes.values()), self.probes.device
-        gram_source = self.grams.of_step(self.probes, taken.taps)
-        gradient, scale = self.probes.block(taken.taps), self._scale()
+        gauges, device = list(self.gauges.gauges.values()), self.gauges.device
+        gram_source = self.grams.of_step(self.gauges, taken.taps)
+        gradient, scale = self.gauges.block(taken.taps), self._scale()
         flags = self._first_flags(taken, misfit).to(device, non_blocking=True)
-        limit = tolerances([p.param.dtype for p in probes], any(b.task_rows.half for b in batches), device)
-        squares = taken.all_squares(probes, device)
+        limit = tolerances([p.param.dtype for p in gauges], any(b.task_rows.half for b in batches), device)
+        squares = taken.all_squares(gauges, device)
         if squares is None:
-            suspects = torch.zeros(len(probes), dtype=torch.bool, device=device)
+            suspects = torch.zeros(len(gauges), dtype=torch.bool, device=device)
         else:
             suspects = differing(squares, limit, gradient.dtype)
         waiting = self._waiting()
         read = taken.written or self.ranks > 1
         return Step(
-            probes=probes,
+            gauges=gauges,
             taken=taken,
             gradient=gradient if scale is None else gradient / scale,
             gram_source=gram_source,
             scale=scale,
-            counts=counts_of(batches, self.probes.num_tasks, device),
+            counts=counts_of(batches, self.gauges.num_tasks, device),
             wrong=wrong_ids(batches, device),
             flags=flags,
-            written=taken.all_written(probes, gradient) if read else None,
+            written=taken.all_written(gauges, gradient) if read else None,
             limit=limit,
             suspects=suspects,
-            blamed=self.probes.mask(p.name in taken.foreign or p.name not in taken.others for p in probes),
+            blamed=self.gauges.mask(p.name in taken.foreign or p.name not in taken.others for p in gauges),
             waiting=waiting,
-            late=self.probes.mask(p.name in waiting for p in probes),
+            late=self.gauges.mask(p.name in waiting for p in gauges),
         )
 
     def _first_flags(self, taken: Collected, misfit: bool) -> Tensor:
         """What the host knows of the step, one for each of ``REASONS``."""
         flags = dict.fromkeys(REASONS, False)
         flags["misfit"] = misfit
-        flags["interrupted"] = self.probes.accumulation.interrupted
-        flags["cut short"] = taken.passes != self.probes.accumulation.count
+        flags["interrupted"] = self.gauges.accumulation.interrupted
+        flags["cut short"] = taken.passes != self.gauges.accumulation.count
         flags["mixed"] = bool(taken.taps) and taken.first <= taken.gone
         return torch.tensor(list(flags.values()), device="cpu")
 
     def _waiting(self) -> set[str]:
         """Parameters of layers that were first called after the rows were checked: they count once theirs are."""
         names = self.row_check.late
-        return {p.name for s in self.probes.sites if s.name in names for p in s.probes.values()} if names else set()
+        return {p.name for s in self.gauges.sites if s.name in names for p in s.gauges.values()} if names else set()
 
     def _scale(self) -> Tensor | None:
         scale = self._loss_scale
         if isinstance(scale, GradScaler):
             scale = scale._scale if scale.is_enabled() else None
-        return None if scale is None else scale.to(self.probes.device)
+        return None if scale is None else scale.to(self.gauges.device)
 
     def reduce(self, step: Step) -> None:
         """Over the ranks, in one packet of a size that nothing a rank did can change. Gradients are averaged, as
@@ -166,28 +166,28 @@ class Pipeline:
         if ranks == 1:
             return
         assert step.written is not None
-        lost = self.probes.mask(name in self.probes.left_out.reasons for name in self.probes.probes)
-        seen = self.probes.mask(p.seen for p in step.probes)
-        check = self.probes.mask(self.row_check.standing)
+        lost = self.gauges.mask(name in self.gauges.left_out.reasons for name in self.gauges.gauges)
+        seen = self.gauges.mask(p.seen for p in step.gauges)
+        check = self.gauges.mask(self.row_check.standing)
         wrong = torch.zeros((), dtype=torch.bool, device=step.gradient.device) if step.wrong is None else step.wrong
         loss = torch.where(counts.given, counts.loss, 0.0)
         parts = [step.gradient, step.written, counts.weight, counts.mass, counts.entered, counts.examples, loss]
         parts += [~counts.given, step.flags, step.suspects, step.blamed, step.late, lost, seen, check, wrong]
         gradient, written, weight, mass, entered, examples, loss, silent, *rest = all_reduce_flat(parts, self._group)
         step.flags, step.suspects, step.blamed, step.late, lost, seen, check, step.wrong = rest
-        kept = ~self.probes.spread(lost)
+        kept = ~self.gauges.spread(lost)
         step.gradient, step.written = gradient * kept / ranks, written * kept / ranks
         step.counts = Counts(weight, mass, entered, examples, loss, ~silent)
-        if self.probes.host:
-            self._agree(step.probes, lost, seen)
+        if self.gauges.host:
+            self._agree(step.gauges, lost, seen)
             self.row_check.agree(check.tolist())
 
-    def _agree(self, probes: list[Probe], lost: Tensor, seen: Tensor) -> None:
+    def _agree(self, gauges: list[Gauge], lost: Tensor, seen: Tensor) -> None:
         """Every rank leaves out what one of them did: ``lost``, and has ``seen`` what one of them has, bool [P]."""
-        for probe, gone, used in zip(probes, lost.tolist(), seen.tolist(), strict=True):
-            probe.seen = used
-            if gone and probe.name not in self.probes.left_out.reasons:
-                self._drop(probe, "left out on another rank")
+        for gauge, gone, used in zip(gauges, lost.tolist(), seen.tolist(), strict=True):
+            gauge.seen = used
+            if gone and gauge.name not in self.gauges.left_out.reasons:
+                self._drop(gauge, "left out on another rank")
 
     def validate(self, step: Step) -> None:
         """Whether the gradients are those of one step: there, finite, and one factor times the sums over tasks."""
@@ -202,16 +202,16 @@ class Pipeline:
                 step.mark("infinite", ~torch.isfinite(values).all())
         # of many at once it is said that the step is not valid
         count = step.suspects.sum()
-        many = (count > 1) & (2 * count > sum(p.seen for p in self.probes.live()))
+        many = (count > 1) & (2 * count > sum(p.seen for p in self.gauges.live()))
         step.mark("changed", many)
         step.suspects = step.suspects & ~many
 
     def _compare(self, step: Step, written: Tensor) -> None:
         """With what is in ``param.grad``."""
-        step.kept = self.probes.any_column(written != 0)  # the others were zeroed in place since the last pass
-        step.gradient = step.gradient * self.probes.spread(step.kept)
-        apart = unlike(step.gradient, written, self.probes.widths(), step.limit)
-        apart = apart & self.probes.mask(p.seen for p in step.probes)
+        step.kept = self.gauges.any_column(written != 0)  # the others were zeroed in place since the last pass
+        step.gradient = step.gradient * self.gauges.spread(step.kept)
+        apart = unlike(step.gradient, written, self.gauges.widths(), step.limit)
+        apart = apart & self.gauges.mask(p.seen for p in step.gauges)
         step.suspects = step.suspects | (apart & step.blamed)
         step.mark("changed", (apart & ~step.suspects).any())
         step.mark("vanished", (written == 0).all())
@@ -219,50 +219,50 @@ class Pipeline:
     def check(self, step: Step) -> None:
         """Leave out the parameters that are contradicted, wait for the check of their rows, or were used too often."""
         step.left_out = self._judge(step)
-        if not self.probes.host:
+        if not self.gauges.host:
             step.mark("changed", step.late.any())
         elif bool(step.late.any()):
             step.left_out = step.late if step.left_out is None else step.left_out | step.late
         if step.left_out is not None:
-            step.gradient = step.gradient * ~self.probes.spread(step.left_out)
-        whole, reused = step.gram_source.reused(self.probes.host)
+            step.gradient = step.gradient * ~self.gauges.spread(step.left_out)
+        whole, reused = step.gram_source.reused(self.gauges.host)
         if whole is not None:
             step.mark("reused", whole)
-        for probe in reused:
-            self._drop(probe, REUSED)
-            step.gradient[:, probe.columns] = 0
+        for gauge in reused:
+            self._drop(gauge, REUSED)
+            step.gradient[:, gauge.columns] = 0
         if step.kept is not None:
-            step.gram_source.keep(step.kept, step.probes)
-        gone = self.probes.mask(p.name in self.probes.left_out.reasons or not p.seen for p in step.probes)
+            step.gram_source.keep(step.kept, step.gauges)
+        gone = self.gauges.mask(p.name in self.gauges.left_out.reasons or not p.seen for p in step.gauges)
         if step.left_out is not None:
             gone = gone | step.left_out
         step.mark("nothing", bool(step.taken.taps) & gone.all())
 
     def _judge(self, step: Step) -> Tensor | None:
         """Leave out the suspects: bool [P]. Where the host is not to wait for which, the step is not valid."""
-        if not self.probes.host:
+        if not self.gauges.host:
             step.mark("changed", step.suspects.any())
             return None
-        probes, left_out = step.probes, self.probes.left_out
+        gauges, left_out = step.gauges, self.gauges.left_out
         found = [
-            p for p, bad in zip(probes, step.suspects.tolist(), strict=True) if bad and p.name not in left_out.reasons
+            p for p, bad in zip(gauges, step.suspects.tolist(), strict=True) if bad and p.name not in left_out.reasons
         ]
         left_out.acquit(step.taken.squares.keys() - {p.name for p in found})
-        for probe in left_out.suspect(found, UNSEEN):
-            self.memory.forget_columns(probe.columns)
-        frozen = [p for p in probes if not p.param.requires_grad]
-        return self.probes.mask(p in found or p in frozen for p in probes) if found or frozen else None
+        for gauge in left_out.suspect(found, UNSEEN):
+            self.memory.forget_columns(gauge.columns)
+        frozen = [p for p in gauges if not p.param.requires_grad]
+        return self.gauges.mask(p in found or p in frozen for p in gauges) if found or frozen else None
 
-    def _drop(self, probe: Probe, reason: str) -> None:
-        self.probes.left_out.drop(probe.name, reason)
-        self.memory.forget_columns(probe.columns)
+    def _drop(self, gauge: Gauge, reason: str) -> None:
+        self.gauges.left_out.drop(gauge.name, reason)
+        self.memory.forget_columns(gauge.columns)
 
     def read(self, step: Step, theta: Tensor) -> None:
         """The gradients against one another and against the memory; ``theta`` [K], where they were taken."""
         step.valid = ~step.flags.any()
         if step.wrong is not None:
             step.valid = step.valid & ~step.wrong
-        without = self.probes.left_out.suspects.keys() | self.probes.left_out.reasons.keys() | step.waiting
+        without = self.gauges.left_out.suspects.keys() | self.gauges.left_out.reasons.keys() | step.waiting
         step.gram = step.gram_source.value(step.gradient, without, step.scale)
         step.reading = self.memory.read(step.gradient, step.counts.to_mean, theta)
 
@@ -271,7 +271,7 @@ class Pipeline:
     def write(self, step: Step, number: int, before: Tensor, after: Tensor) -> dict[str, Tensor]:
         """The step, closed as the ``number``-th with the parameters ``before`` and ``after`` it [K], enters memory and
         windows. The rows of its report."""
-        counts, reading, tasks = step.counts, step.reading, self.probes.num_tasks
+        counts, reading, tasks = step.counts, step.reading, self.gauges.num_tasks
         seen = (counts.weight[:-1] > 0) & step.valid
         cosine, others_cosine = cosines(step.gram)
         predicted = self.memory.write(step.gradient, counts.to_mean, seen, before, after, number, step.left_out)
@@ -304,4 +304,4 @@ class Pipeline:
         }
         if step.wrong is not None:
             values["wrong"] = step.wrong
-        return Delivery(tasks, number, values, self.grams.maps(self.probes), built)
+        return Delivery(tasks, number, values, self.grams.maps(self.gauges), built)

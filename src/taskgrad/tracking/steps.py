@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from ..checks.row_check import RowCheck
-from ..parameters.probes import Probes
+from ..parameters.gauges import Gauges
 from ..report import StepReport, invalid_report
 from ..statistics.memory import TaskMemory
 from ..statistics.windows import Overwriting
@@ -37,7 +37,7 @@ class Steps:
     def __init__(
         self,
         tasks: tuple[str, ...],
-        probes: Probes,
+        gauges: Gauges,
         batches: Batches,
         row_check: RowCheck,
         *,
@@ -47,21 +47,21 @@ class Steps:
         group: dist.ProcessGroup | None,
         by_hand: bool,
     ) -> None:
-        self.tasks, self.probes, self.batches = tasks, probes, batches
+        self.tasks, self.gauges, self.batches = tasks, gauges, batches
         self.count = 0
         self.step_probe: StepProbe | None = None
         self.gradient: Tensor | None = None
-        dtype = next(iter(probes.probes.values())).tap.dtype
-        self.memory = TaskMemory(len(tasks), probes.widths(), memory_decay, dtype, probes.device)
-        self.overwriting = Overwriting(len(tasks), probes.device)
+        dtype = next(iter(gauges.gauges.values())).tap.dtype
+        self.memory = TaskMemory(len(tasks), gauges.widths(), memory_decay, dtype, gauges.device)
+        self.overwriting = Overwriting(len(tasks), gauges.device)
         self.mail = Mailbox()
         self.on_close: Callable[[Delivery], None] | None = None
         self.silence = Silence()
-        self.theta = probes.theta()
+        self.theta = gauges.theta()
         self.misfit: str | None = None  # what a layer said of ids that fitted none
         self._check_sums, self._by_hand = check_sums, by_hand
-        self._grams: Grams = SingleUse() if probes.grams else Accumulated()
-        self._pipeline = Pipeline(probes, self.memory, self.overwriting, row_check, self._grams, loss_scale, group)
+        self._grams: Grams = SingleUse() if gauges.grams else Accumulated()
+        self._pipeline = Pipeline(gauges, self.memory, self.overwriting, row_check, self._grams, loss_scale, group)
         self._collected = Collected()
         self._open: Step | None = None
 
@@ -72,16 +72,16 @@ class Steps:
         self.count = count
         self.gradient, self._open, self.mail = None, None, Mailbox()
         self._collected, self.misfit = Collected(), None
-        self.theta = self.probes.theta()
-        widths = self.probes.widths()
+        self.theta = self.gauges.theta()
+        widths = self.gauges.widths()
         self.memory.resume(widths[: self.memory.missed.shape[1]])
-        if self.probes.width > self.memory.ema.shape[1]:
+        if self.gauges.width > self.memory.ema.shape[1]:
             self.memory.widen(widths, self.theta)
 
     @property
     def moved_on(self) -> bool:
         """Whether a backward pass came after the statistics under way were collected."""
-        return bool(self._collected.names) and self._collected.passes != self.probes.accumulation.count
+        return bool(self._collected.names) and self._collected.passes != self.gauges.accumulation.count
 
     def begin(self) -> None:
         """Before a batch: a step that did not come is given up, parameters that changed since are noticed."""
@@ -90,13 +90,13 @@ class Steps:
         self._grams.refuse(1 if between else 2)
         self._refresh(between)
         if self._by_hand and between:
-            self.theta = self.probes.theta()  # step() comes after the update
-        self.probes.accumulation.checking = self._check_sums and (self._due or bool(self.probes.left_out.suspects))
+            self.theta = self.gauges.theta()  # step() comes after the update
+        self.gauges.accumulation.checking = self._check_sums and (self._due or bool(self.gauges.left_out.suspects))
 
     def _refresh(self, between_steps: bool) -> None:
-        if self.probes.refresh(between_steps):
-            self.theta = self.probes.theta()
-            self.memory.widen(self.probes.widths(), self.theta)
+        if self.gauges.refresh(between_steps):
+            self.theta = self.gauges.theta()
+            self.memory.widen(self.gauges.widths(), self.theta)
 
     @property
     def _due(self) -> bool:
@@ -107,25 +107,25 @@ class Steps:
         the ids (of ``batch``, or of any of the step's), that says something of the ids."""
         asked = self.batches.pending if batch is None else [batch]
         if asked and not any(b.task_rows.fitted for b in asked):
-            said = self.probes.forgive()
+            said = self.gauges.forgive()
             if said is not None:
                 self.misfit = said
                 self.silence.misfit(asked[-1].task_rows.shape, said)
-        for probe in self.probes.collect_reasons():
-            self.memory.forget_columns(probe.columns)
+        for gauge in self.gauges.collect_reasons():
+            self.memory.forget_columns(gauge.columns)
 
     def abandon_if_vanished(self) -> None:
         """Statistics whose gradients were zeroed before a step: the step will not come."""
         ran = [b for b in self.batches.pending if b.task_rows.backward]
-        self.probes.accumulation.settle()
-        if ran and not self.probes.dirty and not self._collected.names:
+        self.gauges.accumulation.settle()
+        if ran and not self.gauges.dirty and not self._collected.names:
             self.batches.pending = [b for b in self.batches.pending if not b.task_rows.backward]
             self._no_step(REASONS["vanished"])
 
     def collect(self, params: Container[int] | None) -> None:
         """Take the statistics of the parameters with these ids (``None``: of all that are left): an optimizer is about
         to step on their gradients."""
-        accumulation, taken = self.probes.accumulation, self._collected
+        accumulation, taken = self.gauges.accumulation, self._collected
         accumulation.settle(compare=False)
         self.drop_unattributed()
         if not taken.names:
@@ -133,24 +133,24 @@ class Steps:
                 self._refresh(between_steps=False)
             taken.passes = accumulation.count
             if not self._by_hand:
-                self.theta = self.probes.theta()  # also what was written through .data since the last step
-        if not self.probes.host:
-            taken.strays += [p.stray.grad for p in self.probes.strays() if p.stray.grad is not None]
+                self.theta = self.gauges.theta()  # also what was written through .data since the last step
+        if not self.gauges.host:
+            taken.strays += [p.stray.grad for p in self.gauges.strays() if p.stray.grad is not None]
         read = self._pipeline.ranks > 1 or accumulation.checking
-        probes = [
+        gauges = [
             p
-            for name, p in self.probes.probes.items()
+            for name, p in self.gauges.gauges.items()
             if name not in taken.names and (params is None or id(p.param) in params)
         ]
-        for probe in probes:
-            taken.take(probe, probe.name not in self.probes.left_out.reasons, read)
-            probe.held.release(accumulation.count)
+        for gauge in gauges:
+            taken.take(gauge, gauge.name not in self.gauges.left_out.reasons, read)
+            gauge.held.release(accumulation.count)
 
     def cut_short(self) -> None:
         """What was collected is of no step."""
         self._collected = Collected()
         self._open = None
-        gone = self.probes.accumulation.count
+        gone = self.gauges.accumulation.count
         self.batches.pending = [b for b in self.batches.pending if not 0 < b.task_rows.backward <= gone]
         self._no_step(REASONS["cut short"])
 
@@ -176,11 +176,11 @@ class Steps:
         self._measure_after()
         if step is None:
             return
-        self.theta = self.probes.theta()
+        self.theta = self.gauges.theta()
         self.count += 1
         self.gradient = step.gradient
         if self.count <= CHECK_FIRST or self._due:
-            self.probes.warn_of_gaps()
+            self.gauges.warn_of_gaps()
         rows = self._pipeline.write(step, self.count, before, self.theta)
         delivery = self._pipeline.report(step, rows, self.tasks, self.count, self.silence.hear)
         self.mail.send(delivery)
@@ -197,13 +197,13 @@ class Steps:
         self.batches.pending.clear()
         self._grams.refuse(len(ran))
         if not ran and self.silence.no_batch(entered) and entered:
-            self.probes.warn_of_gaps()
-        if self._pipeline.ranks == 1 and not (ran and self.probes.live()):
-            if not self.probes.live():  # an old report would look like news; each was named as it was left out
+            self.gauges.warn_of_gaps()
+        if self._pipeline.ranks == 1 and not (ran and self.gauges.live()):
+            if not self.gauges.live():  # an old report would look like news; each was named as it was left out
                 self.mail.put(self.nothing(REASONS["nothing"]))
             elif misfit:
                 self._no_step(REASONS["misfit"])
-            elif self.probes.accumulation.interrupted:
+            elif self.gauges.accumulation.interrupted:
                 self._no_step(REASONS["interrupted"])
             elif entered and taken.written:
                 self._no_step(REASONS["unreached"])
@@ -227,7 +227,7 @@ class Steps:
 
     def _listen(self, step: Step) -> None:
         """Notice silence also where nobody asks for reports; on a GPU that would have to be waited for."""
-        if self.probes.device.type != "cpu":
+        if self.gauges.device.type != "cpu":
             return
         if bool(step.valid):
             self.silence.numbers()

@@ -18,7 +18,7 @@ from ..capture.shared_row import make_plain
 from ..capture.task_rows import Rows
 from ..checks.row_check import RowCheck
 from ..parameters.coverage import Coverage
-from ..parameters.probes import Probes
+from ..parameters.gauges import Gauges
 from ..report import StepReport
 from .batch_arguments import check_batch, check_ids
 from .batches import Batch, Batches
@@ -55,13 +55,13 @@ class TaskGradTracker:
         self.process_group = process_group
         self._batches = Batches()
         width = None if mode == "exact" and accumulate else sketch_dim
-        self._probes = Probes(model, self._batches, len(self.tasks), width, SKETCH_SEED, include, not accumulate)
+        self._gauges = Gauges(model, self._batches, len(self.tasks), width, SKETCH_SEED, include, not accumulate)
         try:
             self._root = RootHooks(model, self._called, self._returned)
-            self._row_check = RowCheck(model, self._batches, self._probes.sites, verify, process_group)
+            self._row_check = RowCheck(model, self._batches, self._gauges.sites, verify, process_group)
             self._steps = Steps(
                 self.tasks,
-                self._probes,
+                self._gauges,
                 self._batches,
                 self._row_check,
                 memory_decay=memory_decay,
@@ -74,7 +74,7 @@ class TaskGradTracker:
             self._listener: Listener | None = None
             self._hooks = StepHooks(optimizers, self._steps) if optimizers else None
         except BaseException:
-            self._probes.remove()  # a tracker that was not made leaves nothing behind
+            self._gauges.remove()  # a tracker that was not made leaves nothing behind
             raise
 
     def batch(
@@ -131,12 +131,12 @@ class TaskGradTracker:
 
     def _rows(self, ids: Tensor, weight: Tensor | None = None, total: float | Tensor | None = None) -> Rows:
         with torch.inference_mode(False):
-            return Rows(ids, len(self.tasks), self._probes.device, weight, total)
+            return Rows(ids, len(self.tasks), self._gauges.device, weight, total)
 
     def _ran(self, batch: Batch) -> None:
         """A backward pass ran through the batch, maybe one that had been given up, or looked like an evaluation
         (reentrant checkpointing of the whole model)."""
-        batch.task_rows.backward = self._probes.accumulation.arrive()
+        batch.task_rows.backward = self._gauges.accumulation.arrive()
         if batch is not self._batches.active:
             self._count(batch)
         if all(b is not batch for b in self._batches.pending):
@@ -253,12 +253,12 @@ class TaskGradTracker:
         gradient = self._steps.gradient
         if gradient is None:
             raise RuntimeError("task_gradients() needs a closed step: call optimizer.step() first")
-        return {p.name: gradient[:, p.columns].unflatten(1, p.param.shape) for p in self._probes.live()}
+        return {p.name: gradient[:, p.columns].unflatten(1, p.param.shape) for p in self._gauges.live()}
 
     def coverage(self) -> Coverage:
         """Which parameters the numbers are about, and why the others are not."""
         self._steps.drop_unattributed()
-        return self._probes.coverage(self._row_check.reason, self._row_check.late)
+        return self._gauges.coverage(self._row_check.reason, self._row_check.late)
 
     def verify(self, *args: Any, **kwargs: Any) -> Coverage:
         """Check inside ``with tracker.batch(ids)`` that the rows of every layer are the rows of the batch.
@@ -317,10 +317,10 @@ class TaskGradTracker:
         if self._listener is not None:
             self._listener.lost(replaced=False)
             self._listener = None
-        self._probes.remove()
+        self._gauges.remove()
         if self._hooks is not None:
             self._hooks.remove()
         self._root.take_away()
         self._row_check.leave(failed=True)
         self._batches.pending.clear()
-        self._probes.discard()
+        self._gauges.discard()

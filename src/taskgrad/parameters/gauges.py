@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
-from ..capture import Probe, register_transformers
+from ..capture import Gauge, register_transformers
 from ..capture.accumulation import Accumulation
 from ..capture.route import forget_compiled
 from ..capture.site import Owner, Site
@@ -31,8 +31,8 @@ UNSEEN = (
 LATE = "its layer was first called after the rows of the layers were checked; it counts once its rows are checked too"
 
 
-class Probes(Columns):
-    """One probe per trainable parameter of a known layer kind; their sketches side by side are K columns."""
+class Gauges(Columns):
+    """One gauge per trainable parameter of a known layer kind; their sketches side by side are K columns."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Probes(Columns):
         self.model, self.sketch_dim, self.seed, self.grams = model, sketch_dim, seed, grams
         self.params = dict(model.named_parameters())
         self.names = {id(p): name for name, p in self.params.items()}
-        self.accumulation = Accumulation(lambda: self.probes.values())
+        self.accumulation = Accumulation(lambda: self.gauges.values())
         places, unfit = discover(model, include)
         self.left_out = LeftOut(unfit)
         self.sites: list[Site] = []
@@ -58,7 +58,7 @@ class Probes(Columns):
             self.sites.extend(Site(*place, owner) for place in places)
             forget_compiled()
             self.refresh(between_steps=True)
-            if not self.probes:
+            if not self.gauges:
                 refuse(self.left_out.reasons)
         except BaseException:
             self.remove()  # a tracker that was not made leaves nothing behind
@@ -72,26 +72,26 @@ class Probes(Columns):
         """
         width = self.width
         for site in self.sites:
-            for attr, probe in site.probes.items():
-                replaced = site.module._parameters.get(attr) is not probe.param
-                if replaced or probe.param.shape != probe.shape:
+            for attr, gauge in site.gauges.items():
+                replaced = site.module._parameters.get(attr) is not gauge.param
+                if replaced or gauge.param.shape != gauge.shape:
                     self._looked_up = None  # it may now be another one of the model's
-                    self.left_out.drop(probe.name, REPLACED if replaced else RESHAPED)
+                    self.left_out.drop(gauge.name, REPLACED if replaced else RESHAPED)
         now = tuple(p.requires_grad for p in self.params.values()), len(self.left_out.reasons)
         before = self._looked_up
         if before is None or now[0] != before[0] or (now != before and between_steps):
             self._look_up()
             self._looked_up = now
-        for probe in self.probes.values():
-            if probe.name not in self.left_out.reasons:
-                probe.follow()
+        for gauge in self.gauges.values():
+            if gauge.name not in self.left_out.reasons:
+                gauge.follow()
         return self.width > width
 
     def _look_up(self) -> None:
-        """Which probes the sites have."""
+        """Which gauges the sites have."""
         for site in self.sites:
-            site.probes = {
-                attr: self._probe(site.module._parameters[attr])
+            site.gauges = {
+                attr: self._gauge(site.module._parameters[attr])
                 for attr in site.capture.params
                 if self._usable(site.module._parameters.get(attr))
             }
@@ -101,41 +101,41 @@ class Probes(Columns):
             return False
         return param.requires_grad and self.names[id(param)] not in self.left_out.reasons
 
-    def _probe(self, param: nn.Parameter | None) -> Probe:
+    def _gauge(self, param: nn.Parameter | None) -> Gauge:
         assert param is not None
         name = self.names[id(param)]
-        if name not in self.probes:
-            probe = self.make(name)
-            self.append(probe)
-            probe.follow()
-        return self.probes[name]
+        if name not in self.gauges:
+            gauge = self.make(name)
+            self.append(gauge)
+            gauge.follow()
+        return self.gauges[name]
 
-    def make(self, name: str) -> Probe:
-        """A probe of parameter ``name`` that has no place among the columns yet."""
+    def make(self, name: str) -> Gauge:
+        """A gauge of parameter ``name`` that has no place among the columns yet."""
         param = self.params[name]
         sketch = sketch_map(param.shape, self.sketch_dim, self.seed, name).to(param.device)
-        return Probe(name, param, sketch, self.num_tasks, 0, self.grams, self.accumulation)
+        return Gauge(name, param, sketch, self.num_tasks, 0, self.grams, self.accumulation)
 
     def adopt(
-        self, probes: Sequence[Probe], seen: Sequence[bool], left_out: Mapping[str, str], suspects: Mapping[str, str]
+        self, gauges: Sequence[Gauge], seen: Sequence[bool], left_out: Mapping[str, str], suspects: Mapping[str, str]
     ) -> None:
-        """Lay the columns out as ``probes`` are ordered, those of other parameters after them, and leave out what
+        """Lay the columns out as ``gauges`` are ordered, those of other parameters after them, and leave out what
         ``left_out`` names and what no tracker could take. Statistics under way are dropped."""
-        self.lay_out(probes)
-        used = dict(zip((p.name for p in probes), seen, strict=True))
+        self.lay_out(gauges)
+        used = dict(zip((p.name for p in gauges), seen, strict=True))
         self.left_out.resume(left_out, suspects)
         for site in self.sites:
             site.reason = site.unfit = None
-        self._looked_up = None  # the sites' probes are looked up anew before the next batch
-        for probe in self.probes.values():
-            probe.seen = used.get(probe.name, False)
-            probe.discard()
-            probe.held.release(self.accumulation.count)
-            probe.follow()
+        self._looked_up = None  # the sites' gauges are looked up anew before the next batch
+        for gauge in self.gauges.values():
+            gauge.seen = used.get(gauge.name, False)
+            gauge.discard()
+            gauge.held.release(self.accumulation.count)
+            gauge.follow()
 
-    def live(self) -> list[Probe]:
-        """The probes that count: not left out, and not frozen."""
-        return [p for p in self.probes.values() if p.name not in self.left_out.reasons and p.param.requires_grad]
+    def live(self) -> list[Gauge]:
+        """The gauges that count: not left out, and not frozen."""
+        return [p for p in self.gauges.values() if p.name not in self.left_out.reasons and p.param.requires_grad]
 
     def warn_of_gaps(self) -> None:
         """Name, after the first step, the trainable parameters that no number covers and that ``include`` did not
@@ -158,16 +158,16 @@ class Probes(Columns):
         """Whether values may be looked at on the host: there is no device to wait for, or the step is checked."""
         return self.device.type == "cpu" or self.accumulation.checking
 
-    def strays(self) -> list[Probe]:
+    def strays(self) -> list[Gauge]:
         """Of shared rows that had a gradient, whose ``stray`` says whether it was all by example."""
-        return [p for p in self.probes.values() if p.stray.grad is not None and p.name not in self.left_out.reasons]
+        return [p for p in self.gauges.values() if p.stray.grad is not None and p.name not in self.left_out.reasons]
 
-    def collect_reasons(self) -> list[Probe]:
+    def collect_reasons(self) -> list[Gauge]:
         """Drop the parameters of modules that saw rows which are not the batch's; the newly dropped."""
         for site in self.sites:
             site.reason, site.unfit = site.reason or site.unfit, None
         found = [
-            (p, f"{site.place}: {site.reason}") for site in self.sites if site.reason for p in site.probes.values()
+            (p, f"{site.place}: {site.reason}") for site in self.sites if site.reason for p in site.gauges.values()
         ]
         if self.host:
             found += [(p, STRAY) for p in self.strays() if bool(p.stray.grad)]
@@ -178,25 +178,25 @@ class Probes(Columns):
     @property
     def dirty(self) -> bool:
         """Whether a backward pass, even one that failed, has left statistics."""
-        return any(p.tap.grad is not None for p in self.probes.values())
+        return any(p.tap.grad is not None for p in self.gauges.values())
 
     def discard(self) -> None:
         """Forget what the taps hold."""
-        for probe in self.probes.values():
-            probe.discard()
+        for gauge in self.gauges.values():
+            gauge.discard()
 
     def coverage(self, unverified: str | None, late_sites: Collection[str] = ()) -> Coverage:
         """What counts and what does not, over the parameters that train now; ``late_sites`` wait for their rows to be
         checked."""
-        late = {p.name: LATE for site in self.sites if site.name in late_sites for p in site.probes.values()}
+        late = {p.name: LATE for site in self.sites if site.name in late_sites for p in site.gauges.values()}
         trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         out = {**late, **self.left_out.suspects, **self.left_out.reasons}
         missing = {n: out[n] for n in trainable if n in out}
         for name, param in trainable.items():
-            probe = self.probes.get(name)
+            gauge = self.gauges.get(name)
             if id(param) not in self.names:
                 missing[name] = ADDED
-            elif name not in missing and (probe is None or not probe.seen):
+            elif name not in missing and (gauge is None or not gauge.seen):
                 missing[name] = NOT_CALLED
         attributed = tuple(n for n in trainable if n not in missing)
         total = sum(p.numel() for p in trainable.values())
@@ -207,5 +207,5 @@ class Probes(Columns):
         for site in self.sites:
             site.remove()
         forget_compiled()
-        for probe in self.probes.values():
-            probe.remove()
+        for gauge in self.gauges.values():
+            gauge.remove()
