@@ -26,7 +26,7 @@ class Delivery:
     """One step's tensors, copied to the host in the background.
 
     Args:
-        values: tensors on the device: of the report's rows, by name, and ``valid``, ``flags`` (why a step is not),
+        values: tensors on the device: of the report's fields, by name, and ``valid``, ``flags`` (why a step is not),
             ``losses`` (whether they were entered), ``block`` [T, K], which stays where it is, and ``wrong`` (ids or
             weights that are none), which may be missing.
         maps: of the parameters, in the order of the block's columns.

@@ -270,7 +270,7 @@ class Pipeline:
 
     def write(self, step: Step, number: int, before: Tensor, after: Tensor) -> dict[str, Tensor]:
         """The step, closed as the ``number``-th with the parameters ``before`` and ``after`` it [K], enters memory and
-        windows. The rows of its report."""
+        windows. The fields of its report."""
         counts, reading, tasks = step.counts, step.reading, self.gauges.num_tasks
         seen = (counts.weight[:-1] > 0) & step.valid
         cosine, others_cosine = cosines(step.gram)
@@ -289,14 +289,14 @@ class Pipeline:
     def report(
         self,
         step: Step,
-        rows: dict[str, Tensor],
+        fields: dict[str, Tensor],
         tasks: tuple[str, ...],
         number: int,
         built: Callable[[StepReport], None],
     ) -> Delivery:
         """The report, on its way to the host; ``built`` is told of it there."""
         values = {
-            **rows,
+            **fields,
             "valid": step.valid,
             "flags": step.flags,
             "losses": step.counts.given,

@@ -181,8 +181,8 @@ class Steps:
         self.gradient = step.gradient
         if self.count <= CHECK_FIRST or self._due:
             self.gauges.warn_of_gaps()
-        rows = self._pipeline.write(step, self.count, before, self.theta)
-        delivery = self._pipeline.report(step, rows, self.tasks, self.count, self.silence.hear)
+        fields = self._pipeline.write(step, self.count, before, self.theta)
+        delivery = self._pipeline.report(step, fields, self.tasks, self.count, self.silence.hear)
         self.mail.send(delivery)
         self._listen(step)
         if self.on_close is not None:
