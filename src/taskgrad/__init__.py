@@ -9,6 +9,17 @@ for batch in torch.utils.data.DataLoader(dataset, batch_sampler=sampler):
         loss_fn(model(batch["x"]), batch["y"]).backward()
     optimizer.step()
     optimizer.zero_grad()
+
+One word for one thing; sampling, which has words of its own, lists them where it begins:
+    row: an entry of a batch that has a task id, an example or a token; ``Rows``: which rows are whose.
+    rest: rows of no task, the last entry of everything that has T + 1.
+    weight: a parameter of a layer; a row's weight in the mean of the loss is ``batch(weight=)``, a task's factor
+        in the loss ``batch(loss_weight=)``; a task's part of the mean is its mass.
+    gauge: what follows one parameter: its sketch, and its tap, the leaf at which the tasks' parts of its gradient
+        arrive.
+    probe: a batch whose loss ``tracker.probe`` takes before and after a step.
+    check: what shows that numbers are right: rows that are permuted, sums that must agree. Guards are the sampler's.
+    field: a number or a table of a report.
 """
 
 from __future__ import annotations

@@ -161,8 +161,8 @@ class Own(nn.Module):
 class OwnCapture(tg.Capture):
     params = ("gamma",)
 
-    def forward(self, module: nn.Module, rows: Any, probes: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return args[0] * tg.per_example(module.gamma, probes["gamma"], rows)  # type: ignore[arg-type]
+    def forward(self, module: nn.Module, rows: Any, gauges: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return args[0] * tg.per_example(module.gamma, gauges["gamma"], rows)  # type: ignore[arg-type]
 
 
 def test_the_class_is_as_before_once_nothing_of_it_is_tracked() -> None:

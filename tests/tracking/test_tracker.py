@@ -239,10 +239,10 @@ def test_a_layer_kind_of_ones_own() -> None:
     class ScaleCapture(tg.Capture):
         params = ("gamma",)
 
-        def forward(self, module, rows, probes, x):  # type: ignore[no-untyped-def]
+        def forward(self, module, rows, gauges, x):  # type: ignore[no-untyped-def]
             if not rows.match(x):
                 raise tg.Unattributed("not the batch's rows")
-            return x * tg.per_example(module.gamma, probes["gamma"], rows)
+            return x * tg.per_example(module.gamma, gauges["gamma"], rows)
 
     model = nn.Sequential(_model(), Scale()).double()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

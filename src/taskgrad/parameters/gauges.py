@@ -92,7 +92,7 @@ class Gauges(Columns):
         """Which gauges the sites have."""
         for site in self.sites:
             site.gauges = {
-                attr: self._probe(site.module._parameters[attr])
+                attr: self._gauge(site.module._parameters[attr])
                 for attr in site.capture.params
                 if self._usable(site.module._parameters.get(attr))
             }
@@ -102,7 +102,7 @@ class Gauges(Columns):
             return False
         return param.requires_grad and self.names[id(param)] not in self.left_out.reasons
 
-    def _probe(self, param: nn.Parameter | None) -> Gauge:
+    def _gauge(self, param: nn.Parameter | None) -> Gauge:
         assert param is not None
         name = self.names[id(param)]
         if name not in self.gauges:

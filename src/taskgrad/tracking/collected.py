@@ -36,7 +36,7 @@ class Counts:
 
     @property
     def by_task(self) -> dict[str, Tensor]:
-        """The rows of a report that these fill, [T] each."""
+        """The fields of a report that these fill, [T] each."""
         return {
             "examples": self.examples[:-1],
             "tokens": self.weight[:-1],

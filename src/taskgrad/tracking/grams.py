@@ -20,8 +20,8 @@ from .._text import printable
 from ..capture import Gauge
 from ..capture.sketch import SketchMap
 from ..ops.sum_gram import sum_gram
-from ..parameters.left_out import NAMED
 from ..parameters.gauges import Gauges
+from ..parameters.left_out import NAMED
 from .delivery import Delivery
 
 
