@@ -296,6 +296,7 @@ def test_a_late_change_moves_and_is_told_once() -> None:
     assert all(at % 3 == 0 for at, _ in causes)
 
 
+@pytest.mark.slow
 def test_the_defaults_take_six_workers_without_a_word() -> None:
     loop = Loop(delay=None, update_every=10, num_batches=160)
     with warnings.catch_warnings():
