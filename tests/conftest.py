@@ -1,11 +1,12 @@
-"""Same numbers every run; memory that nobody wrote reads as NaN."""
+"""Same numbers every run; memory that nobody wrote reads as NaN; a part of the suite that takes two minutes."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import random
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -13,6 +14,31 @@ import torch
 
 # without it cuBLAS warns under the deterministic algorithms that ``poisoned_memory`` asks for
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+ONE_IN = 20  # cases of a test function that the fast subset runs, the first among them
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast", action="store_true", help=f"of every test that is not slow one case in {ONE_IN}: two minutes"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("fast"):
+        chosen = fast(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
+
+
+def fast(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """The fast subset: it follows the suite by itself, and no room and no test function is without a case in it."""
+    cases = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    return {item for of_one in cases.values() for item in of_one[::ONE_IN]}
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -57,6 +57,7 @@ def test_a_budget_of_nothing_leaves_everything_out(tmp_path: Path) -> None:
     assert not found["rows"] and len(found["left out"]) == len(gpu_wgrad.TINY)
 
 
+@pytest.mark.slow
 def test_a_whole_step_is_checked_and_timed() -> None:
     row = gpu_step.measure(gpu_step.TINY[0], CPU, 0.01)
     for name, variant in row["variants"].items():
@@ -79,6 +80,7 @@ def test_the_models_have_the_sizes_they_are_named_after() -> None:
     assert 28e6 < counts["GPT 29M"] < 36e6
 
 
+@pytest.mark.slow
 def test_where_a_step_spends_its_time_is_written_as_text(tmp_path: Path) -> None:
     gpu_step.profile(gpu_step.TINY[0], CPU, tmp_path / "profile.txt")
     text = (tmp_path / "profile.txt").read_text()
@@ -114,6 +116,7 @@ class Drifting:
         return {"y": 2 * x * (1 + 1e-7 * self.calls)}
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_gets_no_time() -> None:
     runs = {
         "off": Variant(lambda x: {"y": 2 * x + 1e-3}, {"y": 1e-6}, ours=True),

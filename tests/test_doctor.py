@@ -164,6 +164,7 @@ DRAW = """
 MISSING = 'sys.modules["taskgrad._index_engine"] = None'  # importing it fails
 
 
+@pytest.mark.slow
 def test_index_engine_runs_on_numpy_on_request_or_where_it_was_not_built():
     asked = python(DRAW.format(first=""), {"TASKGRAD_NATIVE": "0"}, check=True).stdout.splitlines()
     missing = python(DRAW.format(first=MISSING), {}, check=True).stdout.splitlines()
@@ -181,6 +182,7 @@ def test_index_engine_in_cpp_draws_the_same():
     assert here[1] == python(DRAW.format(first=""), {"TASKGRAD_NATIVE": "0"}, check=True).stdout.splitlines()[1]
 
 
+@pytest.mark.slow
 def test_an_index_engine_demanded_and_missing_is_an_error():
     code = f"import sys; {MISSING}; from taskgrad import cli; print('exit code', cli.main(['doctor']))"
     done = python(code, {"TASKGRAD_NATIVE": "1"}, check=True)
@@ -190,6 +192,7 @@ def test_an_index_engine_demanded_and_missing_is_an_error():
     assert "RuntimeError: TASKGRAD_NATIVE=1, but the C++ index engine is not available" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["ALGORITHM", "INTERFACE"])
 def test_an_index_engine_of_other_sources_is_not_used(version):
     stale = f"from taskgrad.sampling.engine import index_numpy; index_numpy.{version} = -1"
@@ -197,6 +200,7 @@ def test_an_index_engine_of_other_sources_is_not_used(version):
     assert done.stdout.startswith("NumPy because ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 40, 4096, 100_000])
 def test_an_index_engine_that_is_cut_off_is_not_loaded(size, tmp_path):
     if native.load()[0] is None:
@@ -208,12 +212,14 @@ def test_an_index_engine_that_is_cut_off_is_not_loaded(size, tmp_path):
     assert done.stdout.startswith("NumPy because ") and str(engine) in done.stdout.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_unknown_wish_is_an_error():
     for code in (CALL, DRAW.format(first="")):
         done = python(code, {"TASKGRAD_NATIVE": "yes"})
         assert "TASKGRAD_NATIVE must be 0, 1 or unset, got 'yes'" in done.stderr
 
 
+@pytest.mark.slow
 @built_ahead
 @needs_compiler
 def test_compiled_once_then_loaded_without_a_compiler(tmp_path):
@@ -229,6 +235,7 @@ def test_compiled_once_then_loaded_without_a_compiler(tmp_path):
     assert sorted(left) == ["lock", "taskgrad_ops.so", "taskgrad_ops.so.seal"]
 
 
+@pytest.mark.slow
 @built_ahead
 def test_without_a_compiler_the_reference_runs_and_says_so_once(tmp_path):
     environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "no-such-compiler"}
@@ -239,6 +246,7 @@ def test_without_a_compiler_the_reference_runs_and_says_so_once(tmp_path):
     assert not more
 
 
+@pytest.mark.slow
 @built_ahead
 def test_demanded_kernels_that_cannot_be_had_are_an_error(tmp_path):
     environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "no-such-compiler", "TASKGRAD_NATIVE": "1"}
@@ -253,6 +261,7 @@ def test_demanded_kernels_that_cannot_be_had_are_an_error(tmp_path):
     assert f"RuntimeError: {message}" in done.stderr
 
 
+@pytest.mark.slow
 @built_ahead
 def test_a_compiler_that_fails_is_survived(tmp_path):
     broken = tmp_path / "broken-c++"
@@ -276,6 +285,7 @@ def test_unknown_command_lists_the_known_ones(arguments, capsys):
     assert "command" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @built_ahead
 def test_names_with_other_letters_on_an_ascii_terminal(tmp_path):
     odd = {"CXX": "zwölf\x1b[2J", "TORCH_EXTENSIONS_DIR": str(tmp_path)}

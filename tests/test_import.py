@@ -71,6 +71,7 @@ def test_type_checkers_are_told_of_the_names_that_there_are(package: str) -> Non
     assert all(getattr(module, name) is not None for name in module.__all__)
 
 
+@pytest.mark.slow
 def test_all_is_what_a_star_imports() -> None:
     code = "from taskgrad import *; import taskgrad; print(sorted(set(taskgrad.__all__) - set(globals())))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -93,6 +94,7 @@ def test_a_name_that_is_not_there(package: str) -> None:
         exec(f"from {package} import trak")
 
 
+@pytest.mark.slow
 def test_sharded_parameters_are_still_refused() -> None:
     code = """
 import torch, taskgrad

@@ -19,6 +19,7 @@ import pytest
 import taskgrad
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
 
 
 def build(

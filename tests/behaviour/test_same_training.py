@@ -114,6 +114,7 @@ def test_activation_checkpointing(architecture: Architecture, kind: str, reentra
     assert_same(make_case(architecture, kind, dtype=torch.float32), setting)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "kind"),
     [c for c in CASES if c[0].compiles and c[1] == "example" and c[0].name not in NO_GRAPH],

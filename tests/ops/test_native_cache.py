@@ -20,6 +20,7 @@ from taskgrad.ops import _native, _seal
 
 PACKAGE = Path(taskgrad.__file__).parent
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(bool(list(PACKAGE.glob("_C*.so"))), reason="the package carries built kernels"),
     pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++").split()[0]) is None, reason="needs a compiler"),
 ]

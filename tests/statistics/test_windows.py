@@ -11,6 +11,7 @@ import taskgrad as tg
 from taskgrad.statistics.windows import Moments, Overwriting
 
 
+@pytest.mark.slow
 def test_overwrite_ratio_of_opposed_targets() -> None:
     """One weight, two tasks that want +1 and −1, 9 to 1: ρ begins at the ratio of their shares and ends at 1 for
     both."""
@@ -64,6 +65,7 @@ def test_a_window_stands_still_where_masked_and_ignores_nan() -> None:
     assert windows.mean[0][0] == 1.0
 
 
+@pytest.mark.slow
 def test_retention_tells_what_the_others_undid() -> None:
     """A rare task that moves a shared weight up, pulled back entirely before it is seen again, keeps nothing."""
     model = nn.Linear(1, 1, bias=False).double()

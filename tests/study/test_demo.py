@@ -39,6 +39,7 @@ def test_every_parameter_of_the_model_is_attributed() -> None:
     assert not tracker.coverage().unattributed
 
 
+@pytest.mark.slow
 def test_a_run_is_reproducible_and_the_runs_differ_by_their_batches() -> None:
     first, again, equal = train("natural", 5, 12), train("natural", 5, 12), train("equal", 5, 12)
     assert first.evaluations == again.evaluations and first.curves == again.curves
@@ -46,6 +47,7 @@ def test_a_run_is_reproducible_and_the_runs_differ_by_their_batches() -> None:
     assert sum(equal.share[1:]) == pytest.approx(RARE_BUDGET, abs=0.005)
 
 
+@pytest.mark.slow
 def test_no_run_exceeds_the_budget() -> None:
     boosted = train("overwrite_boost", 0, 30)
     assert all(sum(shares[1:]) <= RARE_BUDGET + 1e-4 for shares in boosted.curves["share"])
@@ -60,6 +62,7 @@ class Tags(HTMLParser):
         self.seen.append((tag, dict(attrs)))
 
 
+@pytest.mark.slow
 def test_quick_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     assert main(["demo", "--quick", "--steps", "10", "--out", str(tmp_path / "new" / "folder")]) == 0

@@ -81,6 +81,7 @@ def test_replay_gives_the_mean_weights_within_the_budget() -> None:
     assert even.weights == pytest.approx([0.56, 0.22, 0.22])
 
 
+@pytest.mark.slow
 def test_short_runs_leave_lines_that_the_tables_are_made_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "runs.jsonl"
     policies = ("natural", "equal", "loss", "uniform", "OverwriteBoost", "replay", "shuffled")

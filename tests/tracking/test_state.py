@@ -73,6 +73,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(architecture: str, mode: str, tm
     assert resumed(architecture, mode, tmp_path / "state", 4, 8) == reports[4:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_resumed_in_a_new_process_is_the_uninterrupted_one(mode: str, tmp_path: Path) -> None:
     run = Run("gpt_dropout", mode)

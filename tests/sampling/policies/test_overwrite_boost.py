@@ -183,6 +183,7 @@ def test_gradients_alone_withhold_nothing_from_those_who_are_not_done() -> None:
     assert mastered < 0.1 and learner > 1.9
 
 
+@pytest.mark.slow
 def test_low_losses_of_repeated_examples_say_nothing_unless_they_are_fresh() -> None:
     passes = {"epochs": np.array([1.0, 40.0, 40.0])}
     assert end(MASTERED, LEARNER, surroundings=passes)[0] > 0.9
@@ -282,6 +283,7 @@ def test_one_rare_task_of_two() -> None:
     assert end(MASTERED).sum() < 0.05
 
 
+@pytest.mark.slow
 def test_a_thousand_tasks() -> None:
     count, rng = 1000, np.random.default_rng(0)
     tasks, shares = tuple(map(str, range(count))), (count * 20, *[1] * (count - 1))

@@ -141,6 +141,7 @@ def test_names_of_a_samplers_tasks_too() -> None:
 # what a kept report holds
 
 
+@pytest.mark.slow
 def test_kept_reports_hold_no_sketches() -> None:
     """200 kept reports of 100 tasks over 2,176 columns: 870 kB each, if they held them."""
     tasks = [f"task {t}" for t in range(100)]
