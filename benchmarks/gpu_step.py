@@ -1,8 +1,7 @@
 """A whole training step on a GPU: plain, tracked, and with the tasks' gradients taken one by one.
 
     plain          forward, backward, AdamW (fused)
-    sketch, exact  the same inside tracker.batch(), with a report read every step; exact without accumulation, or with
-                   it where T gradients fit ("exact accumulated")
+    sketch, exact gram, exact  the same inside tracker.batch(), with a report read every step
     T backwards    one backward pass per task into a preallocated [T, P] block, its sum and Gram
     torchjd        the same by torchjd.autojac, where it is installed
 
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import inspect
 import time
 import warnings
 from collections.abc import Callable
@@ -34,7 +32,7 @@ from .models import Decoder, Setting, losses
 SETTLE = 4  # steps before anything is measured: compilation, verification and the guards of the first steps
 INNER = 3
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
-LIMIT = {"exact": 0.06, "exact accumulated": 0.06, "sketch": 0.25, "torchjd": 0.06}  # error of the Gram, bfloat16
+LIMIT = {"exact gram": 0.06, "exact": 0.06, "sketch": 0.25, "torchjd": 0.06}  # error of the Gram, bfloat16
 
 
 @dataclass(frozen=True)
@@ -165,9 +163,8 @@ def builders(plan: Plan, device: torch.device) -> dict[str, Callable[[], Step]]:
         "plain": lambda: Step(plan, device),
         "sketch": lambda: Tracked(plan, device, mode="sketch"),
     }
-    if "accumulate" in inspect.signature(tg.track).parameters:
-        found["exact"] = lambda: Tracked(plan, device, mode="exact", accumulate=False)
-    found["exact accumulated"] = lambda: Tracked(plan, device, mode="exact")
+    found["exact gram"] = lambda: Tracked(plan, device, mode="exact_gram")
+    found["exact"] = lambda: Tracked(plan, device, mode="exact")
     if importlib.util.find_spec("torchjd"):
         found["torchjd"] = lambda: TorchJD(plan, device)
     return found
@@ -303,7 +300,7 @@ def profile(plan: Plan, device: torch.device, path: Path) -> None:
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     text = []
     for name, make in builders(plan, device).items():
-        if name not in ("plain", "sketch", "exact"):
+        if name not in ("plain", "sketch", "exact gram"):
             continue
         try:
             text.append(f"# {plan.name}, {name}\n{_profiled(make, device, activities, order)}")

@@ -112,7 +112,7 @@ def variants(s: Setting, device: torch.device) -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {"plain": make(plain), "sketch": tracked("sketch")}
     found |= {"plain, clipped": make(plain, clip=True), "clipped": tracked("sketch", clip=True)}
     if s.exact:
-        found |= {"exact": tracked("exact"), "T backwards": make(one_by_one)}
+        found |= {"exact gram": tracked("exact_gram"), "exact": tracked("exact"), "T backwards": make(one_by_one)}
         if importlib.util.find_spec("torchjd"):
             found["torchjd"] = make(torchjd)
     return found | follow()
@@ -121,7 +121,7 @@ def variants(s: Setting, device: torch.device) -> dict[str, Callable[[], Any]]:
 def run(device: torch.device, rounds: int = 9) -> None:
     rows = []
     table = Table(title=f"training step on {device}, ms (median) and times the plain step")
-    others = ("sketch", "clipped", "exact", "T backwards", "torchjd")
+    others = ("sketch", "clipped", "exact gram", "exact", "T backwards", "torchjd")
     parts = ("θ", "gradients")
     for column in ("parameters", "width", "rows", "T", "plain", *others, *parts):
         table.add_column(column, justify="right")

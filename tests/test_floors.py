@@ -19,7 +19,7 @@ FLOORS = (  # from the top; a room is a folder, or a module that lies in none
     {"checks", "parameters", "statistics"},
     {"capture"},
     {"ops"},
-    {"_files", "_gloo_exit", "_lazy", "_ranks", "_text"},
+    {"_files", "_gloo_exit", "_lazy", "_ranks", "_text", "_without"},
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 BOTTOM = FLOORS[-1]
@@ -111,7 +111,7 @@ def test_what_goes_upward_or_sideways_is_found(module: str, source: str) -> None
         ("taskgrad.sampling.follow", "from .._text import printable\nfrom .decisions import Decisions"),
         ("taskgrad.tracking.steps", "from ..ops.sum_gram import sum_gram\nfrom .batches import Batch"),
         ("taskgrad.ops.triton.sum_gram", "from .. import cost_model"),
-        ("taskgrad", "from . import ops\nfrom .tracking.tracker import track"),
+        ("taskgrad", "from . import ops\nfrom .tracking.track import track"),
         ("taskgrad.cli", "from . import __version__\nimport torch"),
     ],
 )

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from .report import StepReport
     from .sampling import AdaptiveBatchSampler, AdaptiveSampler, TaskIndex, policies
     from .tracking.batches import Batch
-    from .tracking.tracker import TaskGradTracker, track
+    from .tracking.track import track
+    from .tracking.tracker import TaskGradTracker
 else:
     __getattr__, __dir__ = on_first_use(
         __name__,
@@ -47,7 +48,7 @@ else:
             "policies": "sampling.policies",
             "register_capture": "capture",
             "save_checkpoint": "checkpoint",
-            "track": "tracking.tracker",
+            "track": "tracking.track",
             # modules that an import of the package alone has always given
             "capture": "capture",
             "checkpoint": "checkpoint",

@@ -11,13 +11,14 @@ from typing import Any
 
 def on_first_use(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """``__getattr__`` and ``__dir__`` of ``package``; ``homes``: by name, the module in it that the name comes from, or
-    that it is the name of."""
+    that it is the name of, where nothing in it is called the same."""
 
     def __getattr__(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module = importlib.import_module(f"{package}.{homes[name]}")
-        value = module if homes[name].rpartition(".")[2] == name else getattr(module, name)
+        own = homes[name].rpartition(".")[2] == name and not hasattr(module, name)
+        value = module if own else getattr(module, name)
         setattr(sys.modules[package], name, value)  # found without this function from now on
         return value
 

@@ -21,7 +21,7 @@ STEPS = 6
 TASKS = ("a", "b", "c")
 MODES: dict[str, dict[str, Any]] = {
     "exact": {"mode": "exact"},
-    "exact gram": {"mode": "exact", "accumulate": False},
+    "exact gram": {"mode": "exact_gram"},
     "sketch": {"mode": "sketch", "sketch_dim": 1024},
 }
 

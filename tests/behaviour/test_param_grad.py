@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
 import weakref
@@ -122,7 +123,7 @@ def test_zeroed_between_backward_and_step(set_to_none: bool) -> None:
 def test_some_zeroed_before_the_step(set_to_none: bool) -> None:
     """What is left in ``param.grad`` is reported, no more."""
     model, optimizer, tracker = make()
-    twin, _, alone = make(accumulate=False)
+    twin, _, alone = make("exact_gram", sketch_dim=16)
     for _ in range(3):
         x = torch.randn(8, 4, dtype=torch.float64)
         for m, t in ((model, tracker), (twin, alone)):
@@ -693,17 +694,24 @@ def test_an_untracked_forward_in_the_same_backward_pass() -> None:
     assert tracker.coverage().fraction == 1
 
 
-def test_two_backward_passes_where_nothing_adds_up() -> None:
-    model, optimizer, tracker = make(accumulate=False)
-    for k in range(3):
+def test_two_backward_passes_where_single_uses_were_expected() -> None:
+    model, optimizer, tracker = make("exact_gram", sketch_dim=16)
+    for k in range(4):
         with tracker.batch(IDS):
             loss = loss_of(model)
-        loss.backward(retain_graph=k == 1)
-        if k == 1:
+        twice = k in (1, 3)
+        loss.backward(retain_graph=twice)
+        if twice:
             loss.backward()
-        step(model, optimizer)
+        with pytest.warns(UserWarning, match="had one use") if k == 1 else contextlib.nullcontext():
+            grads = step(model, optimizer)
         optimizer.zero_grad()
-        assert tracker.report().valid == (k != 1)
+        report = tracker.report()
+        assert report.valid
+        if k == 1:
+            assert report.gram.isnan().all() and report.norm.isnan().all() and report.signal.isfinite().all()
+        else:
+            torch.testing.assert_close(report.gram.sum(), sum(g.square().sum() for g in grads.values()))
     assert tracker.coverage().fraction == 1
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from taskgrad.sampling import AdaptiveBatchSampler
-from taskgrad.tracking.tracker import track
+from taskgrad.tracking.track import track
 
 TASKS = ["text", "code", "legal"]
 

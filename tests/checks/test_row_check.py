@@ -806,7 +806,7 @@ def test_gathered_rows_have_ids_of_their_own() -> None:
     for number in range(3):
         assert passes(tracker, model, floats()) == (1 if number else 3)
         assert tracker.coverage().verified
-    assert "extra.weight" not in tracker._probes.reasons
+    assert "extra.weight" not in tracker._probes.left_out
 
 
 @pytest.mark.parametrize("part", [True, False])
@@ -828,7 +828,7 @@ def test_a_layer_called_later_in_what_is_compiled(part: bool) -> None:
             unverified = tracker.coverage().unverified
             assert (unverified is not None and "extra" in unverified) == (number == 0 or (number < 3 and not part))
     # where the whole is compiled, nothing can be told
-    assert ("extra.weight" in tracker._probes.reasons) is not part
+    assert ("extra.weight" in tracker._probes.left_out) is not part
     assert any("extra" in str(w.message) for w in caught) is not part
 
 
@@ -856,7 +856,7 @@ def test_late_layers_by_hand_and_without_automatic_checks() -> None:
         model(floats(4, 5, 7), True)
     for _ in range(5):
         assert passes(tracker, model, floats(4, 5, 7), True) == 1
-    assert LATE in str(tracker.coverage().unverified) and "extra.weight" not in tracker._probes.reasons
+    assert LATE in str(tracker.coverage().unverified) and "extra.weight" not in tracker._probes.left_out
     with tracker.batch(torch.arange(4) % 2):
         assert tracker.verify(floats(4, 5, 7), True).verified
 

@@ -21,7 +21,7 @@ from taskgrad.study import demo, summary
 from taskgrad.study.data import LEARNABLE, RARE, SEQUENCE, TASKS, Mixture
 from taskgrad.study.model import ByteGPT
 from taskgrad.study.train import POLICIES, RARE_BUDGET, train
-from taskgrad.tracking.tracker import track
+from taskgrad.tracking.track import track
 
 
 def test_model_size() -> None:

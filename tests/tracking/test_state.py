@@ -157,7 +157,7 @@ def test_going_back_to_an_older_state_takes_back_what_was_left_out_since() -> No
     saved, state = _save(tracker)
     expected = [_step(tracker, number).to_dict() for number in (2, 3)]
     with pytest.warns(UserWarning, match=r"3\.weight"):
-        tracker._probes.drop("3.weight", "for this test")
+        tracker._probes.left_out.drop("3.weight", "for this test")
     _step(tracker, 4)
     assert "3.weight" in tracker.coverage().unattributed
     model.load_state_dict(saved)
@@ -169,7 +169,7 @@ def test_going_back_to_an_older_state_takes_back_what_was_left_out_since() -> No
 def test_what_was_left_out_stays_out_and_is_said_once() -> None:
     tracker = _track(_model())
     with pytest.warns(UserWarning, match=r"3\.weight"):
-        tracker._probes.drop("3.weight", "for this test")
+        tracker._probes.left_out.drop("3.weight", "for this test")
     _step(tracker, 0)
     saved, state = _save(tracker)
     again = _track(_model(1))
@@ -266,7 +266,7 @@ def test_loaded_in_inference_mode() -> None:
         ({"memory_decay": 0.9}, "memory_decay"),
         ({"sketch_dim": 32}, "sketch_dim"),
         ({"mode": "exact"}, "mode"),
-        ({"mode": "exact", "accumulate": False}, "mode"),
+        ({"mode": "exact_gram"}, "mode"),
     ],
 )
 def test_other_settings_are_refused_by_name(options: dict[str, Any], field: str) -> None:

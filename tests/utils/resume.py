@@ -18,7 +18,7 @@ from .steps import TASKS, make_case, run_batch
 MODES: dict[str, dict[str, Any]] = {
     "sketch": {"mode": "sketch", "sketch_dim": 24},
     "exact": {"mode": "exact"},
-    "exact_gram": {"mode": "exact", "accumulate": False, "sketch_dim": 24},
+    "exact_gram": {"mode": "exact_gram", "sketch_dim": 24},
 }
 
 

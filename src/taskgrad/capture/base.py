@@ -11,9 +11,10 @@ follow.
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,7 @@ from ..ops import sketch_params
 from .accumulation import Accumulation, Held
 from .route import class_forward
 from .sketch import SketchMap, scaled
-from .tap import TapLayout, tap_dtype
+from .tap import Keeps, TapLayout, tap_dtype
 from .task_rows import Rows
 
 
@@ -41,8 +42,8 @@ class Arrived:
 
 
 class Probe:
-    """One parameter's map, and the leaf whose gradient is the per-task sketch of the parameter's gradient; with
-    ``gram`` also the Gram of its one use.
+    """One parameter's map, and the leaf whose gradient is what is kept of every task's part of the parameter's
+    gradient.
 
     Attributes:
         stray: scalar leaf; a gradient arrives at it where a part of the parameter's gradient cannot be split.
@@ -60,13 +61,12 @@ class Probe:
         sketch: SketchMap,
         num_tasks: int,
         column: int,
-        gram: bool,
+        keeps: Keeps,
         accumulation: Accumulation,
     ) -> None:
         self.name = name
         self.param = param
-        self.sketch = sketch
-        self.layout = TapLayout(num_tasks, sketch.dim, gram)
+        self.layout = TapLayout(num_tasks, sketch, keeps)
         self.columns = slice(column, column + sketch.dim)
         self.shape = param.shape
         self.seen = False
@@ -79,8 +79,13 @@ class Probe:
 
     def _make_leaves(self) -> None:
         self.tap = self.layout.leaf(tap_dtype(self.param), self.param.device)
-        self.tap.register_hook(self._before_tap)
+        self.tap.register_hook(functools.partial(self._before_tap, self.layout))
         self.stray = torch.zeros((), device=self.param.device, requires_grad=True)
+        self.tensors = (self.tap, *self.layout.maps)  # what a Function is given of it
+
+    @property
+    def sketch(self) -> SketchMap:
+        return self.layout.sketch
 
     def _before_param(self, gradient: Tensor | None) -> None:
         if gradient is None:  # a Function that has no gradient for it: nothing is added
@@ -90,8 +95,12 @@ class Probe:
         if self._accumulation.checking and gradient.layout is torch.strided:
             self.arrived.param = self.sketch_of(gradient).clone()
 
-    def _before_tap(self, gradient: Tensor) -> None:
-        self.held.tap_pass = self._accumulation.arrive()
+    def _before_tap(self, layout: TapLayout, gradient: Tensor) -> None:
+        number = self._accumulation.arrive()
+        if layout is not self.layout:  # of a forward from before the tap was laid out anew: its statistics are lost
+            self.held.foreign = True
+            return
+        self.held.tap_pass = number
         self.seen = True
         if self._accumulation.checking:
             self.arrived.tap = self.layout.sketches(gradient).detach().clone()
@@ -124,7 +133,13 @@ class Probe:
         if self._handle is None and self.param.requires_grad:
             self._handle = self.param.register_hook(self._before_param)
         if self.tap.device != self.param.device or self.tap.dtype != tap_dtype(self.param):
-            self.sketch = self.sketch.to(self.param.device)
+            self.layout = replace(self.layout, sketch=self.sketch.to(self.param.device))
+            self._make_leaves()
+
+    def keep(self, keeps: Keeps) -> None:
+        """From now on the tap keeps this of the tasks' parts; only between steps, when nothing is under way."""
+        if keeps != self.layout.keeps:
+            self.layout = replace(self.layout, keeps=keeps)
             self._make_leaves()
 
     def remove(self) -> None:
@@ -140,10 +155,6 @@ class Probe:
         """Whether somebody else's hook may change the gradient on its way."""
         after = getattr(self.param, "_post_accumulate_grad_hooks", None)
         return bool(after) or len(self.param._backward_hooks or ()) > 1
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return self.tap, self.sketch.left, self.sketch.right
 
 
 class Capture(abc.ABC):

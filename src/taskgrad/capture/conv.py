@@ -33,7 +33,7 @@ class _Conv(torch.autograd.Function):
         saved = kept(ctx)
         (x, weight), (of_weight, of_bias) = saved.tensors, saved.parts
         stride, padding, dilation, transposed, _, groups = ctx.options
-        tracked = of_weight.gram is not None
+        tracked = of_weight.keeps is not None
         dx = dw = db = w_stats = b_stats = None
         plain = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not tracked, False]
         if any(plain):

@@ -12,8 +12,6 @@ from ..ops.segment_sum import stat_dtype
 from .base import Capture, Probe, Unattributed, register_capture, shape_text
 from .function import Part, Split, keep, kept, pack, refuse_double_backward
 from .shared_row import SharedRow, shared_row
-from .sketch import scaled
-from .tap import tap_grad
 from .task_rows import Rows
 
 
@@ -92,8 +90,8 @@ def _split(ctx: Any, dy: Tensor, index: Tensor, part: Part) -> Split:
     dy, index = dy.reshape(ctx.entries, -1, dy.shape[-1]), index.reshape(ctx.entries, -1)
     where = (dy, index, part.order, part.offsets, ctx.num_embeddings, ctx.padding_idx)
     dw, stats = torch.ops.taskgrad.embedding_stats(*where, part.left, part.right)
-    gram = torch.ops.taskgrad.embedding_gram(*where) if part.gram else None
-    return dw, tap_grad(scaled(stats, part.left, part.right), gram)
+    gram = torch.ops.taskgrad.embedding_gram(*where) if part.keeps == "gram" else None
+    return dw, part.stats(stats, gram)
 
 
 @register_capture(nn.Embedding)

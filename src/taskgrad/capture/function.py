@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ops.segment_sum import stat_dtype
 from .base import Probe
 from .sketch import scaled
-from .tap import tap_grad, tap_grad_of
+from .tap import Keeps, tap_grad, tap_grad_of
 from .task_rows import Rows
 
 Packed = tuple[Any, ...]
@@ -28,15 +28,15 @@ HEAD = 4  # entries of what is packed before those of the parameters
 def pack(rows: Rows, *probes: Probe | None, offsets: Tensor | None = None) -> Packed:
     """The last arguments of a Function: what it has to know of the batch and of its parameters, in their order;
     ``None`` for one that is not split. ``offsets``: those of ``rows``, unless others are given."""
-    grams = tuple(None if p is None else p.layout.gram for p in probes)
+    keeps = tuple(None if p is None else p.layout.keeps for p in probes)
     tensors = (t for p in probes for t in ((None, None, None) if p is None else p.tensors))
-    return grams, rows.order, rows.offsets if offsets is None else offsets, rows.receipt, *tensors
+    return keeps, rows.order, rows.offsets if offsets is None else offsets, rows.receipt, *tensors
 
 
 def keep(ctx: Any, packed: Packed, *tensors: Tensor | None) -> None:
     """Save for the backward pass what was packed, and ``tensors`` (through ``save_for_backward``, which keeps the
     memory saving of activation checkpointing)."""
-    ctx.grams, order, offsets, receipt = packed[:HEAD]
+    ctx.keeps, order, offsets, receipt = packed[:HEAD]
     maps = [side for i in range(HEAD, len(packed), 3) for side in packed[i + 1 : i + 3]]
     ctx.save_for_backward(order, offsets, receipt, *maps, *tensors)
 
@@ -45,12 +45,12 @@ class Part(NamedTuple):
     """How the gradient of one parameter is split.
 
     Attributes:
-        gram: whether its tap wants the Gram too; ``None``: the parameter is not split.
+        keeps: what its tap keeps; ``None``: the parameter is not split.
         left, right: its sketch.
         order, offsets: of the rows.
     """
 
-    gram: bool | None
+    keeps: Keeps | None
     left: Tensor | None
     right: Tensor | None
     order: Tensor | None
@@ -61,8 +61,13 @@ class Part(NamedTuple):
         return self._of_shaped(grads.view(-1, *shape), dtype)
 
     def _of_shaped(self, grads: Tensor, dtype: torch.dtype) -> Split:
-        stats = None if self.gram is None else tap_grad_of(grads, self.gram, self.left, self.right)
+        stats = None if self.keeps is None else tap_grad_of(grads, self.keeps, self.left, self.right)
         return grads.sum(0).to(dtype), stats
+
+    def stats(self, values: Tensor, gram: Tensor | None = None) -> Tensor:
+        """The gradient of the tap, from what the ops made of the maps, not divided by sqrt(r0 r1) yet."""
+        assert self.keeps is not None
+        return tap_grad(scaled(values, self.left, self.right), self.keeps, gram)
 
     def segments(self, values: Tensor) -> Tensor:
         """Sums of ``values`` [E, M, features] over each task's rows, [T + 1, features]."""
@@ -71,29 +76,29 @@ class Part(NamedTuple):
 
     def sums(self, values: Tensor, dtype: torch.dtype) -> Split:
         """Of a vector: the sums of ``values`` [E, M, features] over all rows."""
-        if self.gram is None:
+        if self.keeps is None:
             return values.sum((0, 1), dtype=stat_dtype(values)).to(dtype), None
         return self._of_shaped(self.segments(values), dtype)
 
     def product(self, first: Tensor, second: Tensor) -> Split:
         """Of a matrix: Σ_{rows} first ⊗ second, from [E, M, d0] and [E, M, d1]."""
-        if self.gram is None:
+        if self.keeps is None:
             return first.flatten(0, 1).mT @ second.flatten(0, 1), None
         where = (first, second, self.order, self.offsets, self.left, self.right)
-        if self.gram:
+        if self.keeps == "gram":
             grad, stats, gram = torch.ops.taskgrad.wgrad_stats(*where)
-            return grad, tap_grad(scaled(stats, self.left, self.right), gram)
+            return grad, self.stats(stats, gram)
         grad, stats = torch.ops.taskgrad.wgrad_sketch(*where)
-        return grad, scaled(stats, self.left, self.right)
+        return grad, self.stats(stats)
 
     def convolution(self, dy: Tensor, x: Tensor, weight: Tensor, options: tuple[Any, ...]) -> Split:
         """Of the weight of a convolution from ``x`` to ``dy``; ``options``: stride, padding, dilation, groups."""
         # a Gram needs all the tasks' gradients of this layer at once
-        maps = (None, None) if self.gram else (self.left, self.right)
+        maps = (None, None) if self.keeps == "gram" else (self.left, self.right)
         grad, stats = torch.ops.taskgrad.conv_sketch(dy, x, weight, *options, self.order, self.offsets, *maps)
-        if self.gram:
-            return grad, tap_grad_of(stats, True, self.left, self.right)
-        return grad, scaled(stats, self.left, self.right)
+        if self.keeps == "gram":
+            return grad, tap_grad_of(stats, self.keeps, self.left, self.right)
+        return grad, self.stats(stats)
 
 
 class Kept(NamedTuple):
@@ -113,9 +118,9 @@ def kept(ctx: Any) -> Kept:
     """To be called first in the backward pass. Raises RuntimeError where that is to be differentiated itself."""
     refuse_double_backward()
     order, offsets, receipt, *rest = ctx.saved_tensors
-    grams = ctx.grams
-    parts = [Part(gram, rest[2 * i], rest[2 * i + 1], order, offsets) for i, gram in enumerate(grams)]
-    return Kept(tuple(parts), tuple(rest[2 * len(grams) :]), receipt)
+    keeps = ctx.keeps
+    parts = [Part(what, rest[2 * i], rest[2 * i + 1], order, offsets) for i, what in enumerate(keeps)]
+    return Kept(tuple(parts), tuple(rest[2 * len(keeps) :]), receipt)
 
 
 def refuse_double_backward() -> None:

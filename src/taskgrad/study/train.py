@@ -16,7 +16,7 @@ from torch import Tensor
 from ..report import StepReport
 from ..sampling import AdaptiveBatchSampler
 from ..sampling.policies import OverwriteBoost, Policy, Proportional, Static
-from ..tracking.tracker import track
+from ..tracking.track import track
 from .data import IGNORE, LEARNABLE, RARE, SEQUENCE, TASKS, Mixture
 from .model import ByteGPT
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..capture.sketch import SketchMap
-from ..capture.task_rows import ids_range
 from ..report import Sketches, StepReport, arrived_report
+from .batch_arguments import ids_range
 from .validity import because
 
 
@@ -27,8 +27,8 @@ class Delivery:
 
     Args:
         values: tensors on the device: of the report's rows, by name, and ``valid``, ``flags`` (why a step is not),
-            ``losses`` (whether they were entered), ``block`` [T, K], which stays where it is, and ``wrong`` (ids or
-            weights that are none), which may be missing.
+            ``losses`` (whether they were entered), ``block`` [T, K], which stays where it is, and, which may be
+            missing, ``wrong`` (ids or weights that are none) and ``uses`` (how often parameters were used).
         maps: of the parameters, in the order of the block's columns.
         built: is told of the report.
     """
@@ -82,7 +82,7 @@ class Delivery:
             )
         reason = None
         if not bool(values["valid"]):
-            reason = because(values["flags"].tolist()) or "a parameter was used more than once (accumulate=False)"
+            reason = because(values["flags"].tolist())
         return arrived_report(self.tasks, self.step, values, reason, self._sketched)
 
 

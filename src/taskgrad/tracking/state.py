@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from ..capture import Probe
+from ..capture.tap import Keeps
 from ..parameters.probes import Probes
 from ..statistics.windows import WINDOW_APPEARANCES, WINDOW_STEPS
 
 if TYPE_CHECKING:
     from .tracker import TaskGradTracker
 
-VERSION = 2
+VERSION = 3
 SKETCH_SEED = 0
 DIVERGED = "the run had diverged when it was saved: resume from an earlier state"
 
@@ -35,7 +36,6 @@ def _settings(tracker: TaskGradTracker) -> dict[str, Any]:
         "version": VERSION,
         "tasks": list(tracker.tasks),
         "mode": tracker.mode,
-        "accumulate": tracker.accumulate,
         "sketch_dim": tracker.sketch_dim,
         "sketch_seed": SKETCH_SEED,
         "memory_decay": float(tracker._steps.memory.decay),
@@ -107,10 +107,12 @@ def state_of(tracker: TaskGradTracker) -> dict[str, Any]:
         **_settings(tracker),
         "step": tracker._steps.count,
         "verified": tracker._row_check.reason is None,
-        # in the order of the columns: name, shape, number of columns, whether a step has used it
-        "parameters": [[p.name, list(p.param.shape), p.sketch.dim, p.seen] for p in probes.probes.values()],
-        "left_out": dict(probes.reasons),
-        "suspects": dict(probes.suspects),
+        # in the order of the columns: name, shape, number of columns, whether a step has used it, what its tap keeps
+        "parameters": [
+            [p.name, list(p.param.shape), p.sketch.dim, p.seen, p.layout.keeps] for p in probes.probes.values()
+        ],
+        "left_out": dict(probes.left_out.reasons),
+        "suspects": dict(probes.left_out.suspects),
         **{name: attrgetter(name)(tracker._steps).detach().to("cpu", copy=True) for name in TENSORS},
     }
     return {**state, "digest": _digests(state)}
@@ -125,6 +127,7 @@ class Load:
     verified: bool
     probes: list[Probe]
     seen: list[bool]
+    keeps: list[Keeps]
     left_out: dict[str, str]
     suspects: dict[str, str]
     tensors: dict[str, Tensor]
@@ -132,7 +135,7 @@ class Load:
     def commit(self) -> None:
         """Replace everything. What the tracker had of the step under way is given up."""
         tracker, steps = self.tracker, self.tracker._steps
-        tracker._probes.adopt(self.probes, self.seen, self.left_out, self.suspects)
+        tracker._probes.adopt(self.probes, self.seen, self.keeps, self.left_out, self.suspects)
         for name, value in self.tensors.items():
             owner, attr = name.rsplit(".", 1)
             setattr(attrgetter(owner)(steps), attr, value)
@@ -164,7 +167,7 @@ def check_state(tracker: TaskGradTracker, state: Mapping[str, Any]) -> Load:
     if type(verified) is not bool:
         raise TypeError(f"state_dict['verified'] must be True or False, got {_shown(verified)}")
     left_out, suspects = (_check_reasons(tracker._probes, state, name) for name in ("left_out", "suspects"))
-    probes, seen = _check_parameters(tracker._probes, _field(state, "parameters"), left_out)
+    probes, seen, keeps = _check_parameters(tracker._probes, _field(state, "parameters"), left_out)
     _check_digests(state, fields, plain)  # before what one that was changed would make look wrong
     sizes = {"T": len(tracker.tasks), "K": sum(p.sketch.dim for p in probes), "P": len(probes)}
     for name, table in TENSORS.items():
@@ -172,12 +175,12 @@ def check_state(tracker: TaskGradTracker, state: Mapping[str, Any]) -> Load:
     _check_digests(state, fields, fields)
     for name, table in TENSORS.items():
         _check_values(name, state[name].detach(), table, state)
-    new = {name: reason for name, reason in left_out.items() if name not in tracker._probes.reasons}
-    tracker._probes.warn(new)
+    new = {name: reason for name, reason in left_out.items() if name not in tracker._probes.left_out}
+    tracker._probes.left_out.warn(new)
     device = next(iter(tracker._probes.params.values())).device  # the model may have been moved since track()
     with torch.inference_mode(False):  # or they could not be written to in the next step
         tensors = {name: state[name].detach().to(device, copy=True).contiguous() for name in TENSORS}
-    return Load(tracker, step, verified, probes, seen, left_out, suspects, tensors)
+    return Load(tracker, step, verified, probes, seen, keeps, left_out, suspects, tensors)
 
 
 def _shown(value: Any) -> str:
@@ -207,21 +210,23 @@ def _check_reasons(probes: Probes, state: Mapping[str, Any], field: str) -> dict
     return dict(reasons)
 
 
-def _check_parameters(probes: Probes, parameters: Any, left_out: Mapping[str, str]) -> tuple[list[Probe], list[bool]]:
-    """The probes that the state's columns belong to, in its order, new ones where this tracker has none yet."""
+def _check_parameters(
+    probes: Probes, parameters: Any, left_out: Mapping[str, str]
+) -> tuple[list[Probe], list[bool], list[Keeps]]:
+    """The probes that the state's columns belong to, in its order, new ones where this tracker has none yet; whether
+    they were used, and what their taps keep."""
     if not isinstance(parameters, (list, tuple)):
         raise TypeError(f"state_dict['parameters'] must be a list, got {_shown(parameters)}")
     found: dict[str, Probe] = {}
-    seen = []
+    seen, kept = [], []
+    form = "[name, shape, columns, seen, keeps]"
     for entry in parameters:
-        if not isinstance(entry, (list, tuple)) or len(entry) != 4:
-            raise ValueError(f"state_dict['parameters'] must hold [name, shape, columns, seen], got {_shown(entry)}")
-        name, shape, columns, used = entry
+        if not isinstance(entry, (list, tuple)) or len(entry) != 5:
+            raise ValueError(f"state_dict['parameters'] must hold {form}, got {_shown(entry)}")
+        name, shape, columns, used, keeps = entry
         whole = isinstance(shape, (list, tuple)) and all(type(n) is int for n in shape)
         if type(name) is not str or not whole or type(columns) is not int or type(used) is not bool:
-            raise TypeError(
-                f"state_dict['parameters'] must hold [name, shape, columns, seen], got {_shown(list(entry))}"
-            )
+            raise TypeError(f"state_dict['parameters'] must hold {form}, got {_shown(list(entry))}")
         if name in found:
             raise ValueError(f"state_dict['parameters'] names {name!r} twice")
         if name not in probes.params:
@@ -229,19 +234,23 @@ def _check_parameters(probes: Probes, parameters: Any, left_out: Mapping[str, st
         have = probes.params[name].shape
         if tuple(shape) != tuple(have):
             raise ValueError(f"state_dict['parameters']: {name!r} has shape {_shown(tuple(shape))}, here {tuple(have)}")
-        if name in probes.unfit and name not in left_out:
+        if name in probes.left_out.unfit and name not in left_out:
             raise ValueError(
                 f"state_dict['parameters'] has numbers of {name!r}, which this tracker leaves out "
-                f"({probes.unfit[name]}): track the model as it was tracked when the state was saved"
+                f"({probes.left_out.unfit[name]}): track the model as it was tracked when the state was saved"
             )
         probe = probes.probes.get(name) or probes.make(name)
         if columns != probe.sketch.dim:
             raise ValueError(
                 f"state_dict['parameters']: {name!r} has {_shown(columns)} columns, here {probe.sketch.dim}"
             )
+        may = probes.may_keep(probe.sketch)
+        if keeps not in may:
+            raise ValueError(f"state_dict['parameters']: {name!r} keeps {_shown(keeps)}, here one of {', '.join(may)}")
         found[name] = probe
         seen.append(used)
-    return list(found.values()), seen
+        kept.append(keeps)
+    return list(found.values()), seen, kept
 
 
 def _check_form(name: str, value: Any, table: _Table, sizes: Mapping[str, int]) -> None:

@@ -7,7 +7,7 @@ of ``Pipeline`` that adds to the ``Step``. Nothing waits for a GPU, but on the f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,6 @@ from ..parameters.probes import UNSEEN, Probes
 from ..report import StepReport, gather
 from ..statistics.cosine import cosines
 from ..statistics.memory import Reading, TaskMemory
-from ..statistics.single_use import REASON as REUSED
 from ..statistics.windows import Overwriting
 from .batches import Batch
 from .collected import Collected, Counts, counts_of, wrong_ids
@@ -54,6 +53,7 @@ class Step:
         waiting, late: of layers whose rows are still to be checked, by name, and bool [P].
         kept: bool [P], whose gradient is not zero; ``None`` where nobody looked.
         left_out: bool [P], or ``None`` for none.
+        gone: bool [P], which are zero in the gradient.
         valid: whether the numbers are to be believed, bool.
         gram: [T + 1, T + 1].
         reading: of the memory.
@@ -75,6 +75,7 @@ class Step:
     late: Tensor
     kept: Tensor | None = None
     left_out: Tensor | None = None
+    gone: Tensor = field(init=False)
     valid: Tensor = field(init=False)
     gram: Tensor = field(init=False)
     reading: Reading = field(init=False)
@@ -166,7 +167,7 @@ class Pipeline:
         if ranks == 1:
             return
         assert step.written is not None
-        lost = self.probes.mask(name in self.probes.reasons for name in self.probes.probes)
+        lost = self.probes.mask(name in self.probes.left_out for name in self.probes.probes)
         seen = self.probes.mask(p.seen for p in step.probes)
         check = self.probes.mask(self.row_check.standing)
         wrong = torch.zeros((), dtype=torch.bool, device=step.gradient.device) if step.wrong is None else step.wrong
@@ -186,7 +187,7 @@ class Pipeline:
         """Every rank leaves out what one of them did: ``lost``, and has ``seen`` what one of them has, bool [P]."""
         for probe, gone, used in zip(probes, lost.tolist(), seen.tolist(), strict=True):
             probe.seen = used
-            if gone and probe.name not in self.probes.reasons:
+            if gone and probe.name not in self.probes.left_out:
                 self._drop(probe, "left out on another rank")
 
     def validate(self, step: Step) -> None:
@@ -217,7 +218,7 @@ class Pipeline:
         step.mark("vanished", (written == 0).all())
 
     def check(self, step: Step) -> None:
-        """Leave out the parameters that are contradicted, wait for the check of their rows, or were used too often."""
+        """Leave out the parameters that are contradicted, or wait for the check of their rows."""
         step.left_out = self._judge(step)
         if not self.probes.host:
             step.mark("changed", step.late.any())
@@ -225,34 +226,27 @@ class Pipeline:
             step.left_out = step.late if step.left_out is None else step.left_out | step.late
         if step.left_out is not None:
             step.gradient = step.gradient * ~self.probes.spread(step.left_out)
-        whole, reused = step.gram_source.reused(self.probes.host)
-        if whole is not None:
-            step.mark("reused", whole)
-        for probe in reused:
-            self._drop(probe, REUSED)
-            step.gradient[:, probe.columns] = 0
-        if step.kept is not None:
-            step.gram_source.keep(step.kept, step.probes)
-        gone = self.probes.mask(p.name in self.probes.reasons or not p.seen for p in step.probes)
+        gone = self.probes.mask(p.name in self.probes.left_out or not p.seen for p in step.probes)
         if step.left_out is not None:
             gone = gone | step.left_out
         step.mark("nothing", bool(step.taken.taps) & gone.all())
+        step.gone = gone if step.kept is None else gone | ~step.kept
 
     def _judge(self, step: Step) -> Tensor | None:
         """Leave out the suspects: bool [P]. Where the host is not to wait for which, the step is not valid."""
         if not self.probes.host:
             step.mark("changed", step.suspects.any())
             return None
-        probes, out = step.probes, self.probes.reasons
+        probes, out = step.probes, self.probes.left_out
         found = [p for p, bad in zip(probes, step.suspects.tolist(), strict=True) if bad and p.name not in out]
-        self.probes.acquit(step.taken.squares.keys() - {p.name for p in found})
-        for probe in self.probes.suspect(found, UNSEEN):
+        out.acquit(step.taken.squares.keys() - {p.name for p in found})
+        for probe in out.suspect(found, UNSEEN):
             self.memory.forget_columns(probe.columns)
         frozen = [p for p in probes if not p.param.requires_grad]
         return self.probes.mask(p in found or p in frozen for p in probes) if found or frozen else None
 
     def _drop(self, probe: Probe, reason: str) -> None:
-        self.probes.drop(probe.name, reason)
+        self.probes.left_out.drop(probe.name, reason)
         self.memory.forget_columns(probe.columns)
 
     def read(self, step: Step, theta: Tensor) -> None:
@@ -260,9 +254,12 @@ class Pipeline:
         step.valid = ~step.flags.any()
         if step.wrong is not None:
             step.valid = step.valid & ~step.wrong
-        without = self.probes.suspects.keys() | self.probes.reasons.keys() | step.waiting
-        step.gram = step.gram_source.value(step.gradient, without, step.scale)
-        step.reading = self.memory.read(step.gradient, step.counts.to_mean, theta)
+        to_mean = step.counts.to_mean
+        step.gram = step.gram_source.value(step.gradient, step.gone, step.scale)
+        step.reading = self.memory.read(step.gradient, to_mean, theta)
+        if self.grams.exact_norms:
+            norm = step.gram.diagonal()[:-1].clamp(min=0).sqrt() * to_mean
+            step.reading = replace(step.reading, norm=torch.where(to_mean > 0, norm, torch.nan))
 
     # -- after it moved -----------------------------------------------------------------------------------------------
 
@@ -302,4 +299,8 @@ class Pipeline:
         }
         if step.wrong is not None:
             values["wrong"] = step.wrong
-        return Delivery(tasks, number, values, self.grams.maps(self.probes), built)
+        if step.gram_source.uses is not None:
+            values["uses"] = step.gram_source.uses
+        delivery = Delivery(tasks, number, values, self.grams.maps(self.probes), built)
+        self.grams.sent(step.gram_source, delivery)
+        return delivery

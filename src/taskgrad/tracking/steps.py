@@ -19,7 +19,7 @@ from ..statistics.windows import Overwriting
 from .batches import Batch, Batches
 from .collected import Collected
 from .delivery import Delivery, Mailbox
-from .grams import Accumulated, Grams, SingleUse
+from .grams import ByParameter, Grams, OfBlock
 from .silence import Silence
 from .step import Pipeline, Step
 from .step_probe import StepProbe
@@ -60,7 +60,7 @@ class Steps:
         self.theta = probes.theta()
         self.misfit: str | None = None  # what a layer said of ids that fitted none
         self._check_sums, self._by_hand = check_sums, by_hand
-        self._grams: Grams = SingleUse() if probes.grams else Accumulated()
+        self._grams: Grams = ByParameter() if probes.exact_gram else OfBlock()
         self._pipeline = Pipeline(probes, self.memory, self.overwriting, row_check, self._grams, loss_scale, group)
         self._collected = Collected()
         self._open: Step | None = None
@@ -87,11 +87,12 @@ class Steps:
         """Before a batch: a step that did not come is given up, parameters that changed since are noticed."""
         self.abandon_if_vanished()
         between = not any(b.task_rows.backward for b in self.batches.pending)
-        self._grams.refuse(1 if between else 2)
+        if between:
+            self._grams.begin()
         self._refresh(between)
         if self._by_hand and between:
             self.theta = self.probes.theta()  # step() comes after the update
-        self.probes.accumulation.checking = self._check_sums and (self._due or bool(self.probes.suspects))
+        self.probes.accumulation.checking = self._check_sums and (self._due or bool(self.probes.left_out.suspects))
 
     def _refresh(self, between_steps: bool) -> None:
         if self.probes.refresh(between_steps):
@@ -143,7 +144,7 @@ class Steps:
             if name not in taken.names and (params is None or id(p.param) in params)
         ]
         for probe in probes:
-            taken.take(probe, probe.name not in self.probes.reasons, read)
+            taken.take(probe, probe.name not in self.probes.left_out, read)
             probe.held.release(accumulation.count)
 
     def cut_short(self) -> None:
@@ -195,7 +196,6 @@ class Steps:
         entered, self.batches.entered = self.batches.entered > 0, 0
         misfit, self.misfit = self.misfit is not None, None
         self.batches.pending.clear()
-        self._grams.refuse(len(ran))
         if not ran and self.silence.no_batch(entered) and entered:
             self.probes.warn_of_gaps()
         if self._pipeline.ranks == 1 and not (ran and self.probes.live()):

@@ -1,11 +1,9 @@
-"""What a user holds: ``track``, ``tracker.batch`` and ``tracker.report``."""
+"""What a user holds of a tracked model: ``tracker.batch``, ``tracker.report`` and their kind."""
 
 from __future__ import annotations
 
-import math
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -15,14 +13,14 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from .._ranks import world_size
 from ..capture.root_hooks import RootHooks
 from ..capture.shared_row import make_plain
-from ..capture.task_rows import Rows, check_ids, check_loss_weight, check_weight, check_weight_total
+from ..capture.task_rows import Rows
 from ..checks.row_check import RowCheck
 from ..parameters.coverage import Coverage
 from ..parameters.probes import Probes
 from ..report import StepReport
+from .batch_arguments import check_batch, check_ids
 from .batches import Batch, Batches
 from .delivery import Delivery, Listener
 from .optimizer_hooks import StepHooks
@@ -30,7 +28,7 @@ from .state import SKETCH_SEED, Load, check_state, state_of
 from .step_probe import StepProbe
 from .steps import Steps
 
-EXACT_LIMIT = 8 << 30  # bytes of state that exact mode may take
+Mode = Literal["sketch", "exact_gram", "exact"]
 
 
 class TaskGradTracker:
@@ -42,24 +40,23 @@ class TaskGradTracker:
         tasks: Sequence[str],
         optimizers: Sequence[Optimizer],
         *,
-        mode: Literal["sketch", "exact"],
+        mode: Mode,
         sketch_dim: int,
         memory_decay: float,
         loss_scale: GradScaler | Tensor | None,
         verify: bool,
         process_group: dist.ProcessGroup | None,
         include: Callable[[str, nn.Module], bool] | None,
-        accumulate: bool,
     ) -> None:
         self.model = model
         self.tasks = tuple(tasks)
         self.mode = mode
-        self.accumulate = accumulate
         self.sketch_dim = sketch_dim
         self.process_group = process_group
         self._batches = Batches()
-        width = None if mode == "exact" and accumulate else sketch_dim
-        self._probes = Probes(model, self._batches, len(self.tasks), width, SKETCH_SEED, include, not accumulate)
+        width = None if mode == "exact" else sketch_dim
+        exact_gram = mode == "exact_gram"
+        self._probes = Probes(model, self._batches, len(self.tasks), width, SKETCH_SEED, include, exact_gram)
         try:
             self._root = RootHooks(model, self._called, self._returned)
             self._row_check = RowCheck(model, self._batches, self._probes.sites, verify, process_group)
@@ -129,15 +126,7 @@ class TaskGradTracker:
         """
         if self._removed:
             raise RuntimeError("this tracker was removed from the model; track() again")
-        check_ids(ids, len(self.tasks))
-        if ids.numel() == 0:
-            raise ValueError(f"ids must not be empty, got shape {tuple(ids.shape)}")
-        if weight is not None:
-            check_weight(weight, ids)
-        if weight_total is not None:
-            check_weight_total(weight_total)
-        if loss_weight is not None:
-            loss_weight = check_loss_weight(loss_weight, len(self.tasks))
+        loss_weight = check_batch(ids, weight, weight_total, loss_weight, len(self.tasks))
         rows = self._rows(ids, weight, weight_total)
         return Batch(rows, weight, loss_weight, advance, self._enter, self._leave, self._ran)
 
@@ -257,11 +246,9 @@ class TaskGradTracker:
 
     def task_gradients(self) -> dict[str, Tensor]:
         """Exact mode: every attributed parameter's gradient by task, [T + 1, *shape], of the last closed step; the last
-        entry is rest. Raises RuntimeError in sketch mode, where they are never formed, and before the first step."""
-        if self.mode != "exact" or not self.accumulate:
-            raise RuntimeError(
-                'task_gradients() needs mode="exact", with accumulate=True: otherwise they are never formed'
-            )
+        entry is rest. Raises RuntimeError in the other modes, where they are not kept, and before the first step."""
+        if self.mode != "exact":
+            raise RuntimeError(f'task_gradients() needs mode="exact", this tracker has {self.mode!r} and keeps none')
         gradient = self._steps.gradient
         if gradient is None:
             raise RuntimeError("task_gradients() needs a closed step: call optimizer.step() first")
@@ -336,141 +323,3 @@ class TaskGradTracker:
         self._row_check.leave(failed=True)
         self._batches.pending.clear()
         self._probes.discard()
-
-
-def track(
-    model: nn.Module,
-    tasks: Sequence[str],
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
-    *,
-    mode: Literal["sketch", "exact"] = "sketch",
-    sketch_dim: int = 1024,
-    memory_decay: float = 0.98,
-    loss_scale: GradScaler | Tensor | None = None,
-    verify: bool = True,
-    process_group: dist.ProcessGroup | None = None,
-    include: Callable[[str, nn.Module], bool] | None = None,
-    accumulate: bool = True,
-) -> TaskGradTracker:
-    """Track per-task gradients of ``model``, in place: parameters, ``state_dict`` and ``param.grad`` stay as they are.
-
-    Args:
-        model: any module with trainable parameters.
-        tasks: names of the T tasks; ids index them.
-        optimizer: one or several; the step closes when all have stepped. Without one, ``tracker.step()`` closes it.
-        mode: "sketch", cost about flat in T, T · ``sketch_dim`` numbers per parameter; "exact", the T full gradients:
-            (T + 1) · P numbers for the taps, T · P for the memory and 2 · T · P float64 for the effects, P parameters;
-            see ``accumulate`` for the exact Gram without them.
-        sketch_dim: numbers per parameter in sketch mode; smaller parameters are kept exactly.
-        memory_decay: decay of the memory per appearance of a task, in [0, 1). A short memory mostly holds noise that
-            the parameters have just moved along, which biases ``signal`` downwards: at 0.9 it is negative for tasks
-            that are being learned (docs/policy-log.md).
-        loss_scale: the GradScaler (or a scalar tensor) the loss is multiplied with.
-        verify: check the rows of every layer on the first tracked batch (two more forward passes without gradients,
-            two more with an id per token, one more where BatchNorm trains or parts are compiled; on the second and
-            third batch too where one could not tell, and on three more at most where layers are first called later),
-            and on some steps that the tasks' gradients add up to ``param.grad``. A pass leaves the model and the random
-            states as they were, as far as ``taskgrad.checks.undisturbed.Snapshot`` says.
-        process_group: the ranks whose gradients are averaged (DistributedDataParallel); ``None`` for the default group.
-        include: ``include(name, module)`` says whether a module is tracked.
-        accumulate: exact mode: keep the T gradients, so that they add up over uses of a weight and over micro-batches.
-            With False a step is one batch, parameters used more than once are left out by name, ``gram``, ``cosine``
-            and ``others_cosine`` are exact, and what needs the memory is sketched as in sketch mode: the Gram is
-            computed inside the product that gives the weight gradient (``taskgrad.ops.wgrad_gram``).
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind; the message says which and what it needs.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if isinstance(tasks, str) or not all(isinstance(t, str) for t in tasks):
-        raise TypeError(f"tasks must be a sequence of names, got {tasks!r}")
-    if not tasks or len(set(tasks)) != len(tasks):
-        raise ValueError(f"tasks must be distinct names, at least one, got {list(tasks)}")
-    if mode not in ("sketch", "exact"):
-        raise ValueError(f'mode must be "sketch" or "exact", got {mode!r}')
-    if not isinstance(sketch_dim, int):
-        raise TypeError(f"sketch_dim must be an int, got {type(sketch_dim).__name__}")
-    if loss_scale is not None and not isinstance(loss_scale, GradScaler | Tensor):
-        raise TypeError(f"loss_scale must be a GradScaler or a scalar tensor, got {type(loss_scale).__name__}")
-    if include is not None and not callable(include):
-        raise TypeError(f"include must be a function of (name, module), got {type(include).__name__}")
-    if sketch_dim < 16:
-        raise ValueError(f"sketch_dim must be at least 16, got {sketch_dim}")
-    if not 0 <= memory_decay < 1:
-        raise ValueError(f"memory_decay must lie in [0, 1), got {memory_decay}")
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise ValueError("model has no trainable parameters: every requires_grad is False")
-    _refuse_sharded(model, trainable)
-    for o in (optimizers := _optimizers(optimizer)):
-        held = {id(p) for group in o.param_groups for p in group["params"]}
-        if held.isdisjoint(id(p) for p in trainable):
-            raise ValueError("optimizer holds none of the model's trainable parameters; pass the one that trains it")
-    if mode == "sketch" and not accumulate:
-        raise ValueError('accumulate=False is for mode="exact": sketches always accumulate')
-    if mode == "exact" and accumulate:
-        _check_memory(trainable, len(tasks))
-    if world_size(process_group) > 1 and mode == "exact":
-        raise ValueError('mode="exact" works on one rank: its gradients are too large to sum; use mode="sketch"')
-    # importing it takes 0.6 s, and where nobody has there are none
-    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
-    if any(isinstance(p, dtensor) for p in trainable):
-        raise ValueError("sharded parameters (DTensor: FSDP2, tensor parallelism) are not supported; use DDP")
-    with torch.inference_mode(False):  # what training writes later
-        return TaskGradTracker(
-            model,
-            tasks,
-            optimizers,
-            mode=mode,
-            sketch_dim=sketch_dim,
-            memory_decay=memory_decay,
-            loss_scale=loss_scale,
-            verify=verify,
-            process_group=process_group,
-            include=include,
-            accumulate=accumulate,
-        )
-
-
-def _optimizers(given: Any) -> list[Optimizer]:
-    """One optimizer, several or none as a list, without the wrappers of frameworks (AcceleratedOptimizer), whose steps
-    may be skipped."""
-    if given is None:
-        return []
-    if isinstance(given, Optimizer) or not isinstance(given, Iterable):
-        given = [given]
-    found: list[Optimizer] = []
-    for o in given:
-        while isinstance(inner := getattr(o, "optimizer", None), Optimizer):
-            o = inner
-        if not isinstance(o, Optimizer):
-            raise TypeError(f"optimizer must be a torch Optimizer or a sequence of them, got {type(o).__name__}")
-        if all(o is not other for other in found):
-            found.append(o)
-    return found
-
-
-def _refuse_sharded(model: nn.Module, params: Sequence[nn.Parameter]) -> None:
-    """Raise ValueError for what spreads a parameter, or the model, over several devices."""
-    for name, module in model.named_modules():
-        if any(c.__name__ == "FullyShardedDataParallel" for c in type(module).__mro__):
-            raise ValueError(
-                f"{name or 'the model'} is wrapped in FullyShardedDataParallel (FSDP1), which is not supported; "
-                "use DistributedDataParallel"
-            )
-    devices = {str(p.device) for p in params}
-    if len(devices) > 1:
-        raise ValueError(
-            f"the trainable parameters are on several devices ({', '.join(sorted(devices))}), which is not supported: "
-            "put the model on one device per process"
-        )
-
-
-def _check_memory(params: Sequence[nn.Parameter], tasks: int) -> None:
-    size = sum(math.prod(p.shape) * ((2 * tasks + 1) * p.element_size() + 2 * tasks * 8) for p in params)
-    if size > EXACT_LIMIT:
-        raise ValueError(
-            f'mode="exact" would hold {size / 2**30:.1f} GiB for {tasks} tasks, more than {EXACT_LIMIT >> 30}; '
-            'use mode="sketch", or accumulate=False for the exact Gram alone'
-        )

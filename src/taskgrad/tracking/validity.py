@@ -22,9 +22,6 @@ REASONS = {
         "backward(inputs=...), which leaves the statistics out, or by a forward outside of batch()"
     ),
     "nothing": "every parameter was left out, see tracker.coverage()",
-    "reused": (
-        "every weight was used twice (two backward passes through one batch?), and accumulate=False adds nothing up"
-    ),
     "vanished": (
         "the gradients were None or zero at the step: zeroed after the backward pass, the step was skipped, or another "
         "optimizer stepped than the one that track() was given"
