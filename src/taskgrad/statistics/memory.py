@@ -11,14 +11,10 @@ are unbiased, because the noise of the fresh batch is independent of the path. A
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from ..ops import memory_dot
-
-COLUMNS = 1 << 14  # worked on at a time, so that what is between two passes stays in the cache
+from ..ops import memory_read, memory_write
 
 
 class TaskMemory:
@@ -71,10 +67,6 @@ class TaskMemory:
     def forget_columns(self, columns: slice) -> None:
         self.ema[:, columns] = 0
 
-    def _chunks(self) -> Iterator[slice]:
-        width = self.ema.shape[1]
-        return (slice(start, min(start + COLUMNS, width)) for start in range(0, width, COLUMNS))
-
     def _correction(self) -> Tensor:
         """What the EMA is multiplied with so that it does not lean to its start, [T, 1], or [T, K] where parameters
         differ."""
@@ -97,25 +89,7 @@ class TaskMemory:
         Returns:
             ⟨m_t, g_s⟩ [T, T + 1], and [5, T]: ‖ḡ_t‖², ⟨m_t, ḡ_t⟩, own_t, others_t and ½⟨ḡ_t − m_t, θ − θ_j⟩.
         """
-        tasks = self.count.shape[0]
-        correction = self._correction()
-        dtype = torch.promote_types(self.ema.dtype, gradient.dtype)  # they differ once the model was moved to float64
-        if self.uneven:
-            dots = memory_dot((self.ema * correction).to(dtype), gradient.to(dtype))
-        else:
-            dots = memory_dot(self.ema.to(dtype), gradient.to(dtype)) * correction
-        square, signal, own, others, bend = sums = torch.zeros(5, tasks, dtype=torch.float64, device=gradient.device)
-        for c in self._chunks():
-            g = gradient[:, c].double()
-            mean = g[:tasks] * to_mean[:, None]
-            memory = self.ema[:, c].double() * (correction[:, c] if self.uneven else correction)
-            before, after, here = self.before[:, c], self.after[:, c], theta[c]
-            square += mean.square().sum(1)
-            signal += (memory * mean).sum(1)
-            own += (mean * (after - before)).sum(1)
-            others += (mean * (here - after)).sum(1)
-            bend += 0.5 * ((mean - memory) * (here - before)).sum(1)
-        return dots, sums
+        return memory_read(self.ema, self.before, self.after, gradient, theta, to_mean, self._correction())
 
     def write(
         self,
@@ -138,21 +112,11 @@ class TaskMemory:
             step: its number.
             left_out: [P] bool, parameters whose memory stays as it is; ``None`` for none.
         """
-        tasks = self.count.shape[0]
-        row, correction = seen[:, None], self._correction()
         out = None
         if left_out is not None:
             out = torch.repeat_interleave(left_out, self.widths, output_size=self.ema.shape[1])
-        predicted = torch.zeros(tasks, dtype=torch.float64, device=gradient.device)
-        for c in self._chunks():
-            ema = self.ema[:, c]
-            predicted += (ema.double() * (correction[:, c] if self.uneven else correction)) @ (after[c] - before[c])
-            mean = (gradient[:tasks, c].double() * to_mean[:, None]).to(ema.dtype)
-            # where, not a product: what does not enter may be NaN
-            enters = row if out is None else row & ~out[c]
-            ema.copy_(torch.where(enters, self.decay * ema + (1 - self.decay) * mean, ema))
-            self.before[:, c] = torch.where(row, before[c], self.before[:, c])
-            self.after[:, c] = torch.where(row, after[c], self.after[:, c])
+        where = (self.ema, self.before, self.after, gradient, to_mean, seen, out, before, after)
+        predicted = memory_write(*where, self._correction(), self.decay)
         if left_out is not None:
             self.missed = self.missed + seen[:, None] * left_out
             self.uneven = True

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Counts:
     loss_mass: Tensor  # of the batches that the losses are of
     given: Tensor  # bool: every batch entered its losses
 
-    @property
+    @cached_property
     def to_mean(self) -> Tensor:
         """What makes g_t the mean gradient of the task's loss as it was before any factor [T]; 0 for absent tasks."""
         return torch.where(self.mass > 0, self.mass.sum() / self.entered, 0.0)[:-1]
@@ -50,7 +50,7 @@ def counts_of(batches: Sequence[Batch], num_tasks: int, device: torch.device) ->
     def total(parts: list[Tensor]) -> Tensor:
         if not parts:
             return torch.zeros(num_tasks + 1, dtype=torch.float64, device=device)
-        return functools.reduce(torch.add, [p.to(device, non_blocking=True) for p in parts])
+        return reduce(torch.add, [p.to(device, non_blocking=True) for p in parts])
 
     losses = [b.task_losses for b in batches if b.task_losses is not None]
     mass = total([b.mass for b in batches])
