@@ -12,7 +12,7 @@ TASKGRAD_NATIVE=1 makes failing an error, TASKGRAD_NATIVE=0 skips both.
 
 from __future__ import annotations
 
-import hashlib
+import importlib.util
 import json
 import os
 import sys
@@ -62,11 +62,10 @@ def op_library() -> Extension | None:
         say("torch is not importable here: native kernels will be compiled on first use")
         return None
     recipe = json.loads(Path("csrc/build.json").read_text())
-    cflags = [*recipe["cflags"], f"-DTASKGRAD_SOURCES={sources_digest(recipe)}"]
-    kind, sources, flags = CppExtension, recipe["sources"], {"cxx": cflags}
+    kind, sources, flags = CppExtension, recipe["sources"], {"cxx": recipe["cflags"]}
     if cuda_is_here():
         kind, sources = CUDAExtension, sources + recipe["cuda_sources"]
-        flags = {"cxx": cflags + recipe["cuda_cflags"], "nvcc": recipe["nvcc_flags"]}
+        flags = {"cxx": recipe["cflags"] + recipe["cuda_cflags"], "nvcc": recipe["nvcc_flags"]}
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     return kind(
         "taskgrad._C",
@@ -76,12 +75,12 @@ def op_library() -> Extension | None:
     )
 
 
-def sources_digest(recipe: dict[str, list[str]]) -> str:
-    """As in ``taskgrad/ops/_native.py``, which loads no library of other sources than those it finds beside itself."""
-    digest = hashlib.sha256(Path("csrc/build.json").read_bytes())
-    for source in (*recipe["sources"], *recipe["headers"]):
-        digest.update(Path("csrc", source).read_bytes())
-    return digest.hexdigest()[:16]
+def seal(library: Path) -> None:
+    """Write beside it of which sources the op library is: ``taskgrad/ops/_native.py`` loads no other."""
+    spec = importlib.util.spec_from_file_location("seal", "src/taskgrad/ops/_seal.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.put(library, Path("csrc"))
 
 
 def cuda_is_here() -> bool:
@@ -111,8 +110,7 @@ class BuildEach(build_ext):
             command.extensions = [extension]
             command.run()
             if extension.name == "taskgrad._C":
-                library = Path(command.get_ext_fullpath(extension.name))
-                library.with_name(f"{library.name}.sha256").write_text(hashlib.sha256(library.read_bytes()).hexdigest())
+                seal(Path(command.get_ext_fullpath(extension.name)))
         except Exception as error:
             if WISH == "1":
                 raise
@@ -146,7 +144,7 @@ def say(message: str) -> None:
 
 
 setup(
-    packages=[*find_packages("src"), "taskgrad._csrc", "taskgrad._csrc.ops"],
+    packages=[*find_packages("src"), "taskgrad._csrc", "taskgrad._csrc.cuda", "taskgrad._csrc.ops"],
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildEach},
 )

@@ -1,8 +1,8 @@
 """The kernels that memory limits, each against the same in plain torch (named ``torch``, the baseline).
 
 ``cuda`` is the kernel in CUDA C++, there where the package was built ahead of time with a CUDA torch
-(``TASKGRAD_CUDA=1 pip install --no-build-isolation .``); the other kernels are Triton's. Of ``embedding_stats`` the
-baseline is the dense embedding gradient, which a step pays anyway.
+(``TASKGRAD_CUDA=1 pip install --no-build-isolation .``), and then what the op runs; ``triton`` is Triton's. Of
+``embedding_stats`` the baseline is the dense embedding gradient, which a step pays anyway.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from taskgrad import ops
-from taskgrad.ops import _native
+from taskgrad.ops._register import OPS, Cpp, Triton
 
 from .gpu_timing import Case, Values, Variant, mm32
 from .gpu_wgrad import bounds_of, signs
@@ -25,6 +25,7 @@ from .gpu_wgrad import bounds_of, signs
 TOLERANCE = 1e-5  # of sums in float32
 RANK = 32
 SLICE = 1 << 22
+LANGUAGE: dict[type, str] = {Cpp: "cuda", Triton: "triton"}
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,14 @@ def noise(*shape: int, generator: torch.Generator, device: torch.device, dtype: 
     return (own + 0.3 * torch.randn(shape[1:], generator=generator, device=device)).to(dtype)
 
 
-def cuda_op(name: str, device: torch.device) -> Any:
-    """The kernel in CUDA C++, ``None`` where it was not built."""
-    if device.type != "cuda":
-        return None
-    _native.status()
-    return getattr(torch.ops.taskgrad, f"{name}_cuda", None)
+def kernels(name: str, *sample: Any) -> dict[str, Callable[..., Any]]:
+    """The kernels that an op has for arguments like these, by their language; on a CPU the op."""
+    found = {LANGUAGE[type(kernel)]: kernel for kernel in OPS[name].cuda if sample[0].is_cuda and kernel.takes(*sample)}
+    return found or {"triton": getattr(ops, name)}
+
+
+def rows_like(s: Segments, d: int, device: torch.device) -> Tensor:
+    return torch.empty(1, dtype=torch.bfloat16, device=device).expand(s.entries, s.rows, d)
 
 
 def label(dtype: torch.dtype) -> str:
@@ -119,11 +122,9 @@ def sum_gram(T: int, M: int, dtype: torch.dtype, device: torch.device) -> Case:
         "torch": Variant(
             lambda block: {"sum": block.sum(0), "gram": mm32(block, block.mT)}, {**tolerance, "gram": 1e-3}
         ),
-        "triton": Variant(partial(of, ops.sum_gram), tolerance, ours=True),
     }
-    cuda = cuda_op("sum_gram", device)
-    if cuda is not None and T <= 32:
-        variants["cuda"] = Variant(partial(of, cuda), tolerance, ours=True)
+    for language, kernel in kernels("sum_gram", torch.empty(1, dtype=dtype, device=device).expand(T, M)).items():
+        variants[language] = Variant(partial(of, kernel), tolerance, ours=True)
     shape = {"T": T, "M": M, "dtype": label(dtype)}
     return Case(
         case_name(sum_gram, T, M, dtype),
@@ -177,6 +178,9 @@ def segment_sum(d: int, N: int, T: int, shuffled: bool, device: torch.device) ->
     def product(values: Tensor) -> Values:
         return {"sums": mm32(s.member, values.flatten(0, 1))}
 
+    def of(op: Any, values: Tensor) -> Values:
+        return {"sums": op(values, s.order, s.offsets)}
+
     def added(values: Tensor) -> Values:
         out = torch.zeros(T + 1, d, device=device)
         return {"sums": out.index_add(0, s.task, values.sum(1, dtype=torch.float32))}
@@ -185,11 +189,9 @@ def segment_sum(d: int, N: int, T: int, shuffled: bool, device: torch.device) ->
     variants = {
         "torch": Variant(product, tolerance),
         "index_add": Variant(added, tolerance),
-        "triton": Variant(lambda values: {"sums": ops.segment_sum(values, s.order, s.offsets)}, tolerance, ours=True),
     }
-    cuda = cuda_op("segment_sum", device)
-    if cuda is not None:
-        variants["cuda"] = Variant(lambda values: {"sums": cuda(values, s.order, s.offsets)}, tolerance, ours=True)
+    for language, kernel in kernels("segment_sum", rows_like(s, d, device), s.order, s.offsets).items():
+        variants[language] = Variant(partial(of, kernel), tolerance, ours=True)
     kind = "shuffled" if shuffled else "sorted"
     return Case(
         case_name(segment_sum, d, N, T, shuffled),
@@ -231,11 +233,10 @@ def norm_segment_sum(d: int, N: int, T: int, device: torch.device) -> Case:
     tolerance = {"gamma": TOLERANCE, "beta": TOLERANCE}
     variants = {
         "torch": Variant(plain, tolerance),
-        "triton": Variant(partial(of, ops.norm_segment_sum), tolerance, ours=True),
     }
-    cuda = cuda_op("norm_segment_sum", device)
-    if cuda is not None:
-        variants["cuda"] = Variant(partial(of, cuda), tolerance, ours=True)
+    like = rows_like(s, d, device)
+    for language, kernel in kernels("norm_segment_sum", like, like, None, like, s.order, s.offsets).items():
+        variants[language] = Variant(partial(of, kernel), tolerance, ours=True)
     count = float(s.entries * s.rows * d)
     return Case(
         case_name(norm_segment_sum, d, N, T),

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 import taskgrad
-from taskgrad import cli
+from taskgrad import cli, doctor
+from taskgrad.capture.sketch import sketch_map
 from taskgrad.ops import _native
 from taskgrad.sampling.engine import native
+from tests.utils.called import Called
 
 PACKAGE = Path(taskgrad.__file__).parent
 built_ahead = pytest.mark.skipif(bool(list(PACKAGE.glob("_C*.so"))), reason="the package carries built kernels")
@@ -53,7 +55,61 @@ def test_explain_prints_the_cost_model(capsys):
     assert cli.main(["doctor", "--explain", "8192", "4096", "4096", "8"]) == 0
     out = capsys.readouterr().out
     assert "not a measurement" in out
-    assert all(name in out for name in ("dense product", "materialise", "fused", "ghost", "sketch"))
+    assert all(name in out for name in ("dense product", "fused", "ghost", "exact Gram: fused", "sketch: "))
+
+
+WAYS = {"ghost_gram": "ghost", "wgrad_gram": "fused", "sum_gram": "materialise"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="explains the GPU")
+@pytest.mark.parametrize(
+    "size", [(8, 128, 96, 2), (1024, 128, 96, 2), (64, 16, 16, 3), (128, 512, 96, 3), (2048, 40, 300, 1)], ids=str
+)
+def test_what_is_explained_is_what_runs(size):
+    rows, d_in, d_out, tasks = size
+    printed = dict(
+        line.split(": ", 1) for line in doctor.explain(*size).splitlines() if line.startswith(("exact", "ske"))
+    )
+    sketch = sketch_map((d_out, d_in), 1024, 0, "")
+    dy, x = torch.randn(rows, 1, d_out), torch.randn(rows, 1, d_in)
+    offsets = torch.tensor([0, *(rows * (t + 1) // (tasks + 1) for t in range(tasks + 1))])
+    with Called() as gram:
+        torch.ops.taskgrad.wgrad_stats(dy, x, None, offsets, sketch.left, sketch.right)
+    assert printed["exact Gram"] == next(WAYS[name] for name in gram.ops if name in WAYS)
+    with Called() as sketched:
+        torch.ops.taskgrad.wgrad_sketch(dy, x, None, offsets, sketch.left, sketch.right)
+    of_tasks = sketched.products.count((d_out, d_in)) == tasks + 1
+    assert printed["sketch"] == ("of the gradients of the tasks" if of_tasks else "skinny products of dY and X")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "arguments",
+    [["doctor"], ["doctor", "--json"], ["doctor", "--explain", "8", "8", "8", "2"], ["--help"], ["--version"]],
+)
+def test_nobody_reads_on(arguments, unbuffered):
+    """As under ``| head -1``, where the reader is gone before the first line."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "taskgrad.cli", *arguments],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    with process.stderr:
+        assert process.stderr.read() == ""
+    # argparse keeps it to itself where nothing is buffered
+    assert process.wait() == (0 if unbuffered and arguments[0].startswith("-") else 141)
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capfd):
+    def broken(args):
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr(doctor, "run", broken)
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        cli.main(["doctor"])
 
 
 @pytest.mark.parametrize("rows", ["0", "many"])
@@ -170,7 +226,7 @@ def test_compiled_once_then_loaded_without_a_compiler(tmp_path):
     assert second.stdout == first.stdout
     assert second.stderr == ""
     left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
-    assert sorted(left) == ["lock", "taskgrad_ops.so", "taskgrad_ops.so.sha256"]
+    assert sorted(left) == ["lock", "taskgrad_ops.so", "taskgrad_ops.so.seal"]
 
 
 @built_ahead

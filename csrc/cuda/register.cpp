@@ -1,7 +1,8 @@
 // The CUDA C++ kernels as torch ops, through the stable ABI. Built ahead of time where torch has CUDA and nvcc is there.
 //
-// They go by names of their own, taskgrad::<stem>_cuda: which kernel runs behind taskgrad::<stem> on a GPU is said in
-// src/taskgrad/ops/<stem>.py. Launches are on the current stream of the tensors' device, and nothing waits for them.
+// taskgrad::<op> calls taskgrad_cuda::<op> on a GPU, where it is there and takes the arguments: for how many rows and
+// which dtypes is said in src/taskgrad/ops/<stem>.py, which has checked all of them. Nobody else calls these. Launches are
+// on the current stream of the tensors' device, and nothing waits for them.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -117,16 +118,16 @@ std::tuple<Tensor, Tensor> norm_segment_sum(const Tensor& dy, const Tensor& x, c
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(taskgrad, m) {
-  m.def("sum_gram_cuda(Tensor block) -> (Tensor sum, Tensor gram)");
-  m.def("segment_sum_cuda(Tensor values, Tensor? order, Tensor offsets) -> Tensor");
+STABLE_TORCH_LIBRARY(taskgrad_cuda, m) {
+  m.def("sum_gram(Tensor block) -> (Tensor sum, Tensor gram)");
+  m.def("segment_sum(Tensor values, Tensor? order, Tensor offsets) -> Tensor");
   m.def(
-      "norm_segment_sum_cuda(Tensor dy, Tensor x, Tensor? mean, Tensor rstd, Tensor? order, Tensor offsets)"
+      "norm_segment_sum(Tensor dy, Tensor x, Tensor? mean, Tensor rstd, Tensor? order, Tensor offsets)"
       " -> (Tensor gamma, Tensor beta)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(taskgrad, CUDA, m) {
-  m.impl("sum_gram_cuda", TORCH_BOX(&sum_gram));
-  m.impl("segment_sum_cuda", TORCH_BOX(&segment_sum));
-  m.impl("norm_segment_sum_cuda", TORCH_BOX(&norm_segment_sum));
+STABLE_TORCH_LIBRARY_IMPL(taskgrad_cuda, CUDA, m) {
+  m.impl("sum_gram", TORCH_BOX(&sum_gram));
+  m.impl("segment_sum", TORCH_BOX(&segment_sum));
+  m.impl("norm_segment_sum", TORCH_BOX(&norm_segment_sum));
 }

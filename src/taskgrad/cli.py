@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -22,8 +24,46 @@ COMMANDS = {
 }
 
 
+CLOSED_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ended, as it does most
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; ``argv`` defaults to the process's arguments."""
+    """Run a command and return its exit code; ``argv`` defaults to the process's arguments.
+
+    Where nobody reads on (``taskgrad doctor | head -1``) it ends quietly.
+    """
+    try:
+        try:
+            code = _run(argv)
+        except SystemExit:  # of --help
+            print(end="", flush=True)
+            raise
+        print(end="", flush=True)  # what Python writes at its end nobody could catch
+        return code
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return CLOSED_PIPE
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe that was closed; what is left in its buffer then goes nowhere, or Python's end would
+    write it."""
+    try:
+        out = sys.stdout.fileno()
+    except (AttributeError, OSError):  # none, or one that somebody put in its place
+        return False
+    poll = select.poll()
+    poll.register(out, select.POLLOUT)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, out)
+    os.close(nowhere)
+    return True
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="taskgrad",

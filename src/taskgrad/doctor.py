@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import inspect
 import json
 import platform
 import shutil
@@ -17,10 +18,13 @@ from torch.utils.cpp_extension import CUDA_HOME
 
 from . import __version__
 from ._text import printable
+from .capture.sketch import sketch_map
 from .ops import _native, cost_model
-from .ops._shared import triton_obstacle
-from .ops.sum_gram import MAX_ROWS
+from .ops._register import OPS, Cpp, triton_obstacle
+from .ops.wgrad_sketch import splits
+from .ops.wgrad_stats import gram_strategy
 from .sampling.engine import native as index_engine
+from .tracking.tracker import track
 
 Facts = dict[str, str | int | None]
 
@@ -32,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=4,
         type=_positive,
         metavar=("N", "D_IN", "D_OUT", "T"),
-        help="print what the cost model says of a Linear layer on N rows of T tasks, and nothing else",
+        help="print what would run for a Linear layer on N rows of T tasks, and why, and nothing else",
     )
 
 
@@ -52,12 +56,33 @@ def run(args: argparse.Namespace) -> int:
 
 
 def explain(rows: int, d_in: int, d_out: int, tasks: int) -> str:
-    """The cost model's table for a layer in bfloat16 on this machine's GPU, or in float32 on its CPU."""
+    """What is done for a layer in bfloat16 on this machine's GPU, or in float32 on its CPU, as the ops themselves
+    decide it, and the cost model's table."""
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
     where = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
-    table = cost_model.explain(*cost_model.costs(rows, d_in, d_out, tasks + 1, dtype, device))
-    return f"{dtype} on {where}: arithmetic with assumed rates, not a measurement\n{table}"
+    dense, found = cost_model.costs(rows, d_in, d_out, tasks + 1, dtype, device)
+    return "\n".join(
+        (
+            f"{dtype} on {where}: arithmetic with assumed rates, not a measurement",
+            cost_model.explain(dense, found),
+            *_decisions(rows, d_in, d_out, tasks, dtype, device),
+        )
+    )
+
+
+def _decisions(rows: int, d_in: int, d_out: int, tasks: int, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Of the ops, for tensors of these shapes that have one element in memory."""
+    one = torch.zeros(1, dtype=dtype, device=device)
+    dy, x = one.expand(rows, 1, d_out), one.expand(rows, 1, d_in)
+    offsets = torch.zeros(1, dtype=torch.int64).expand(tasks + 2)
+    sketch = sketch_map((d_out, d_in), inspect.signature(track).parameters["sketch_dim"].default, 0, "")
+    sides = sketch.left, sketch.right
+    skinny = not splits(dy, x, offsets, *sides)
+    return [
+        f"exact Gram: {gram_strategy(dy, x, offsets, *sides)}",
+        f"sketch: {'skinny products of dY and X' if skinny else 'of the gradients of the tasks'}",
+    ]
 
 
 def _positive(text: str) -> int:
@@ -125,9 +150,10 @@ def _gpu() -> str | None:
 def _cuda_path() -> str:
     if not torch.cuda.is_available():
         return "not used: torch finds no GPU"
-    if reason := triton_obstacle(torch.device("cuda")):
-        return f"reference because {reason}"
-    return f"triton (plain torch for float64, and for sum_gram of more than {MAX_ROWS} tasks)"
+    reason = triton_obstacle(torch.device("cuda"))
+    others = "triton" if reason is None else f"reference because {reason}"
+    cpp = [op.name for op in OPS.values() if any(isinstance(k, Cpp) and _native.has_cuda(k.name) for k in op.cuda)]
+    return f"C++ ({', '.join(cpp)}), {others} (the others)" if cpp else others
 
 
 def _compiler() -> str | None:

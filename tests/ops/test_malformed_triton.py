@@ -54,6 +54,6 @@ def test_rows(offsets):
     offsets, dy, x = torch.tensor(offsets), surrounded(E, 5), surrounded(E, 4)
     dw = torch.empty(5, 4)
     tile = wgrad_gram.Tile(16, 32, 16, 2, 1, 64)
-    gram = wgrad_gram.launch(dy, x, offsets, dw, tile, 2, accumulate=False, tf32=False, scratch_dtype=torch.float32)
+    gram = wgrad_gram.launch(dy, x, offsets, dw, tile, 2, tf32=False, scratch_dtype=torch.float32)
     assert not dw.isnan().any() and not gram.isnan().any()
     assert not ghost_gram.launch(dy, x, offsets, ghost_gram.Tile(16, 32, 2, 1), 2, tf32=False).isnan().any()

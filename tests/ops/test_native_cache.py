@@ -3,8 +3,8 @@ crash. Each in a process of its own."""
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
+import ctypes  # noqa: F401, for _ctypes
+import json
 import os
 import shutil
 import signal
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import taskgrad
-from taskgrad.ops import _native
+from taskgrad.ops import _native, _seal
 
 PACKAGE = Path(taskgrad.__file__).parent
 pytestmark = [
@@ -86,10 +86,6 @@ def library(built, tmp_path) -> Path:
     return found
 
 
-def record(library: Path) -> None:
-    library.with_name(f"{library.name}.sha256").write_text(hashlib.sha256(library.read_bytes()).hexdigest())
-
-
 def cut(library: Path) -> None:
     os.truncate(library, library.stat().st_size // 2)
 
@@ -105,23 +101,31 @@ def flip(library: Path) -> None:
 
 
 def foreign(library: Path) -> None:
-    """Another library with a record of its own."""
-    shutil.copy(ctypes.__file__ if not hasattr(ctypes, "_dlopen") else sys.modules["_ctypes"].__file__, library)
-    record(library)
+    """Another library in its place, whole and sealed as ours: it has none of the kernels."""
+    shutil.copy(sys.modules["_ctypes"].__file__, library)
+    _seal.put(library, _native._sources())
+
+
+def foreign_without_a_seal_of_its_own(library: Path) -> None:
+    shutil.copy(sys.modules["_ctypes"].__file__, library)
 
 
 def old(library: Path) -> None:
-    digest = _native.sources_digest(*_native._recipe()).encode()
-    library.write_bytes(library.read_bytes().replace(digest, b"0" * len(digest)))
-    record(library)
+    """Whole, of other sources."""
+    seal = _seal.beside(library)
+    seal.write_text(f"{'0' * 16} {seal.read_text().split()[1]}\n")
 
 
-def without_record(library: Path) -> None:
-    library.with_name(f"{library.name}.sha256").unlink()
+def without_seal(library: Path) -> None:
+    _seal.beside(library).unlink()
 
 
-def record_is_no_text(library: Path) -> None:
-    library.with_name(f"{library.name}.sha256").write_bytes(b"\xff\xfe")
+def seal_is_no_text(library: Path) -> None:
+    _seal.beside(library).write_bytes(b"\xff\xfe")
+
+
+def seal_is_empty(library: Path) -> None:
+    _seal.beside(library).write_text("")
 
 
 def folder(library: Path) -> None:
@@ -135,7 +139,18 @@ def dangling(library: Path) -> None:
     library.symlink_to("nowhere")
 
 
-DAMAGES = [cut, empty, flip, foreign, old, without_record, record_is_no_text, folder, dangling]
+DAMAGES = [
+    cut,
+    empty,
+    flip,
+    foreign_without_a_seal_of_its_own,
+    old,
+    without_seal,
+    seal_is_no_text,
+    seal_is_empty,
+    folder,
+    dangling,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -163,9 +178,15 @@ def test_a_cache_that_cannot_be_written_serves_what_it_holds(library, tmp_path):
 
 
 def test_a_library_without_all_the_kernels_is_not_called_for_ever(library):
-    first = '_native.KERNELS = (*_native.KERNELS, "sketch_params")'
+    first = '_native.kernels.append("sketch_params")'
     kind, detail, warned, _ = finish(start(library.parents[2], first=first))
     assert kind == "reference" and detail.endswith("has no kernel for sketch_params") and len(warned) == 1
+
+
+def test_a_library_of_somebody_else_has_no_kernels(library):
+    foreign(library)
+    kind, detail, warned, _ = finish(start(library.parents[2]))
+    assert kind == "reference" and "has no kernel for segments_hold" in detail and len(warned) == 1
 
 
 @pytest.mark.parametrize("damage", [None, old, cut])
@@ -175,7 +196,7 @@ def test_ahead_of_time_only_of_these_sources(damage: Callable[[Path], None] | No
     if not (package / "_csrc").exists():
         shutil.copytree(PACKAGE.parents[1] / "csrc", package / "_csrc")
     ahead = Path(shutil.copy(library, package / "_C.abi3.so"))
-    record(ahead)
+    shutil.copy(_seal.beside(library), _seal.beside(ahead))
     if damage is not None:
         damage(ahead)
     kind, detail, warned, err = finish(start(library.parents[2], package.parent))
@@ -184,4 +205,23 @@ def test_ahead_of_time_only_of_these_sources(damage: Callable[[Path], None] | No
         assert (kind, detail, err) == ("ahead of time", str(ahead), "")
     else:
         assert (kind, detail) == ("compiled on first use", str(library))
-        assert err.startswith(f"taskgrad: {ahead} is not used: it ")
+        assert err.startswith(f"taskgrad: {ahead} is not used: it is ")
+        version = _seal.version(_native._sources())
+        assert err.count("\n") == 1 and (
+            damage is not old or f"version {'0' * 16}, the sources here are of version {version}" in err
+        )
+
+
+def test_a_version_changes_with_every_source_and_every_flag(tmp_path):
+    sources = Path(shutil.copytree(_native._sources(), tmp_path / "csrc"))
+    before = _seal.version(sources)
+    assert before == _seal.version(_native._sources())
+    recipe = json.loads((sources / "build.json").read_text())
+    files = [name for key in recipe for name in recipe[key] if not name.startswith("-")]
+    there = {path.relative_to(sources).as_posix() for room in ("ops", "cuda") for path in (sources / room).iterdir()}
+    assert set(files) == there  # nothing is compiled that the version does not know
+    found = {before}
+    for name in ("build.json", *files):
+        (sources / name).write_text((sources / name).read_text() + "\n")
+        found.add(_seal.version(sources))
+    assert len(found) == len(files) + 2

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from taskgrad.ops.conv_sketch import conv_sketch
-from taskgrad.ops.wgrad_sketch import splitting_is_cheaper, wgrad_sketch
+from taskgrad.ops.wgrad_sketch import splits, wgrad_sketch
 from tests.utils.rows import COUNTS, make_rows
 
 
@@ -45,8 +45,8 @@ def test_wgrad_sketch_takes_both_ways() -> None:
     offsets = torch.tensor([0, 1, 2])
     left, right = _signs(64, 4), _signs(64, 4)
     few, many = (torch.randn(2, m, 64, dtype=torch.float64) for m in (4, 4096))
-    assert not splitting_is_cheaper(few, few, offsets, left, right)
-    assert splitting_is_cheaper(many, many, offsets, left, right)
+    assert not splits(few, few, offsets, left, right)
+    assert splits(many, many, offsets, left, right)
     for y in (few, many):
         dw, stats = wgrad_sketch(y, y, None, offsets, left, right)
         torch.testing.assert_close(stats.sum(0), left.mT @ dw @ right)

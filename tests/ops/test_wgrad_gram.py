@@ -27,19 +27,14 @@ def test_matches_fp64(counts, dtype, monkeypatch):
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems, st.booleans(), st.sampled_from([1, 1 << 12, 1 << 22]))
-def test_any_input(problem: Problem, accumulate, panel_bytes):
+@given(problems, st.sampled_from([1, 1 << 12, 1 << 22]))
+def test_any_input(problem: Problem, panel_bytes):
     """Panels of 64 rows at least; ``test_panels_of_rows`` has several."""
-    into = None
-    if accumulate:
-        into = torch.randn(*problem.parts.shape[1:], dtype=torch.promote_types(problem.dy.dtype, torch.float32))
-    before = None if into is None else into.clone()
     inputs = [t.clone() for t in (problem.dy, problem.x)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PANEL_BYTES", panel_bytes)
-        dw, gram = wgrad_gram(problem.dy, problem.x, problem.offsets, accumulate_into=into)
-    assert into is None or dw is into
-    problem.check_sum(dw, before)
+        dw, gram = wgrad_gram(problem.dy, problem.x, problem.offsets)
+    problem.check_sum(dw)
     problem.check_gram(gram, exact(problem))
     assert torch.equal(problem.dy, inputs[0]) and torch.equal(problem.x, inputs[1])
 
@@ -52,31 +47,13 @@ def test_reference(problem: Problem):
     problem.check_gram(gram, exact(problem))
 
 
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_panels_of_rows(accumulate, monkeypatch):
+def test_panels_of_rows(monkeypatch):
     problem = make_problem([3, 0, 8], 150, 7)
     monkeypatch.setattr(module, "PANEL_BYTES", 1)
     poison_memory(monkeypatch)
-    into = torch.ones(150, 7) if accumulate else None
-    dw, gram = wgrad_gram(problem.dy, problem.x, problem.offsets, accumulate_into=into)
-    problem.check_sum(dw, torch.ones(150, 7) if accumulate else None)
+    dw, gram = wgrad_gram(problem.dy, problem.x, problem.offsets)
+    problem.check_sum(dw)
     problem.check_gram(gram, 1e-5)
-
-
-def test_accumulates_into_a_slice_of_a_buffer():
-    problem = make_problem([3, 2], 6, 5)
-    buffer = torch.zeros(12, 20)
-    wgrad_gram(problem.dy, problem.x, problem.offsets, accumulate_into=buffer[3:9, 4:9])
-    problem.check_sum(buffer[3:9, 4:9].clone())
-    buffer[3:9, 4:9] = 0
-    assert not buffer.any()
-
-
-def test_accumulating_does_not_round_to_16_bits():
-    problem = make_problem([3, 2], 6, 5, torch.bfloat16)
-    into = torch.zeros(6, 5)
-    wgrad_gram(problem.dy, problem.x, problem.offsets, accumulate_into=into)
-    torch.testing.assert_close(into.double(), problem.parts.sum(0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 4), (5, 0, 4), (5, 3, 0)], ids=str)
@@ -107,11 +84,9 @@ def test_not_finite_stays_in_its_segment(function):
 def test_opcheck(dtype):
     problem = make_problem([3, 0, 2], 6, 5, dtype)
     arguments = (problem.dy, problem.x, problem.offsets)
-    torch.library.opcheck(torch.ops.taskgrad.wgrad_gram.default, (*arguments, False))
-    into = torch.zeros(6, 5, dtype=torch.promote_types(dtype, torch.float32))
-    torch.library.opcheck(torch.ops.taskgrad.wgrad_gram_into.default, (*arguments, into, False))
+    torch.library.opcheck(torch.ops.taskgrad.wgrad_gram.default, arguments)
     problem = make_problem([3, 0, 2], 6, 5, dtype, layout="columns")
-    torch.library.opcheck(torch.ops.taskgrad.wgrad_gram.default, (problem.dy, problem.x, problem.offsets.int(), True))
+    torch.library.opcheck(torch.ops.taskgrad.wgrad_gram.default, (problem.dy, problem.x, problem.offsets.int()))
 
 
 def test_compiles_with_other_shapes():
@@ -121,9 +96,6 @@ def test_compiles_with_other_shapes():
         dw, gram = compiled(problem.dy, problem.x, problem.offsets)
         problem.check_sum(dw)
         problem.check_gram(gram, 1e-5)
-        into = torch.ones(d_out, d_in)
-        compiled(problem.dy, problem.x, problem.offsets, accumulate_into=into)
-        problem.check_sum(into, torch.ones(d_out, d_in))
 
 
 def test_no_gradient_flows_through_it():
@@ -147,10 +119,6 @@ WRONG = [
     ),
     ({"offsets": torch.tensor([1, 5])}, ValueError, r"offsets must rise from 0"),
     ({"offsets": torch.tensor([0, 4, 3, 5])}, ValueError, r"offsets must rise from 0"),
-    ({"accumulate_into": torch.zeros(3, 4).half()}, TypeError, r"accumulate_into must be float32, got torch\.float16"),
-    ({"accumulate_into": torch.zeros(4, 3)}, ValueError, r"accumulate_into must have shape \[3, 4\], got \[4, 3\]"),
-    ({"accumulate_into": torch.zeros(4, 3).mT}, ValueError, r"accumulate_into must have adjacent columns"),
-    ({"accumulate_into": torch.zeros(1, 4).expand(3, 4)}, ValueError, r"rows that do not overlap"),
     ({"offsets": torch.tensor([0, 2**40, 5])}, ValueError, r"offsets must rise from 0"),
 ]
 
@@ -175,22 +143,20 @@ class TestCuda:
     @pytest.mark.parametrize(
         ("dtype", "tf32"), [(d, False) for d in DTYPES] + [(torch.float32, True)], ids=lambda value: str(value)
     )
-    def test_matches_fp64(self, dtype, tf32, counts, size, layout):
+    def test_matches_fp64(self, dtype, tf32, counts, size, layout, monkeypatch):
         if layout != "rows" and size != (1000, 333):
             pytest.skip("one size is enough for the other layouts")
         problem = make_problem(counts, *size, dtype, layout=layout)
         dy, x, offsets = (t.cuda() for t in (problem.dy, problem.x, problem.offsets))
         tolerance = exact(problem) if dtype in (torch.float32, torch.float64) and not tf32 else 2**-8
-        dw, gram = wgrad_gram(dy, x, offsets, tf32=tf32)
+        monkeypatch.setattr(module, "tf32_allowed", lambda: tf32)
+        dw, gram = wgrad_gram(dy, x, offsets)
         problem.check_gram(gram, tolerance)
-        into = torch.ones(size, dtype=torch.promote_types(dtype, torch.float32), device="cuda")
-        _, again = wgrad_gram(dy, x, offsets.int(), accumulate_into=into, tf32=tf32)
-        assert torch.equal(gram, again)
+        assert torch.equal(gram, wgrad_gram(dy, x, offsets.int())[1])
         if tf32:
             torch.testing.assert_close(dw.cpu().double(), problem.parts.sum(0), rtol=2**-8, atol=0.5)
         else:
             problem.check_sum(dw)
-            problem.check_sum(into, torch.ones(size))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_same_bits_every_time(self, dtype):

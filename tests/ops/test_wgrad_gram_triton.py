@@ -27,8 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 SMALL = kernel.Tile(16, 32, 16, 2, 1, 64)  # 4 steps of the Gram
 
 
-def run(problem, *, tile=SMALL, programs=2, accumulate=False):
-    dw = torch.ones(problem.parts.shape[1:]) if accumulate else problem.dy.new_empty(problem.parts.shape[1:])
+def run(problem, *, tile=SMALL, programs=2):
+    dw = problem.dy.new_empty(problem.parts.shape[1:])
     scratch = problem.dy.dtype  # the interpreter knows no bfloat16
     gram = kernel.launch(
         problem.dy,
@@ -37,11 +37,10 @@ def run(problem, *, tile=SMALL, programs=2, accumulate=False):
         dw,
         tile,
         programs,
-        accumulate=accumulate,
         tf32=False,
         scratch_dtype=scratch,
     )
-    problem.check_sum(dw, torch.ones_like(dw) if accumulate else None)
+    problem.check_sum(dw)
     problem.check_gram(gram, 1e-5 if scratch == torch.float32 else 2**-9)
 
 
@@ -56,11 +55,10 @@ def test_interpreted_kernel_matches_fp64(counts, dtype, monkeypatch):
 
 @interpreted
 @pytest.mark.parametrize("programs", [1, 2, 7, 50])
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_interpreted_kernel_takes_several_tiles_per_program(programs, accumulate, monkeypatch):
+def test_interpreted_kernel_takes_several_tiles_per_program(programs, monkeypatch):
     problem = make_problem([9, 0, 18], 16 * (kernel.GROUP + 2) - 3, 65)  # two groups of tiles, the second one lower
     poison_memory(monkeypatch)
-    run(problem, programs=programs, accumulate=accumulate)
+    run(problem, programs=programs)
 
 
 @interpreted
@@ -73,7 +71,7 @@ def test_interpreted_kernel_takes_any_strides(layout):
 @pytest.mark.parametrize("size", [(1, 1), (1, 33), (17, 1)], ids=str)
 def test_interpreted_kernel_takes_single_columns(size):
     run(make_problem([3, 4], *size))
-    run(make_problem([1], *size), accumulate=True)
+    run(make_problem([1], *size))
 
 
 @interpreted

@@ -113,7 +113,7 @@ def wgrad_gram() -> list[Case]:
                     types |= {"scratch": pointer if wide else "*bf16"} | dict.fromkeys(strides, "i64")
                     constants = {"HEIGHT": tile.height, "WIDTH": tile.width, "DEPTH": tile.depth}
                     constants |= {"SEG": module.SEGMENTS, "SPLIT": tile.warps, "CHUNK": tile.chunk}
-                    constants |= {"GROUP": module.GROUP, "ONE_BLOCK": segments <= module.SEGMENTS, "ACCUMULATE": True}
+                    constants |= {"GROUP": module.GROUP, "ONE_BLOCK": segments <= module.SEGMENTS}
                     constants["PRECISION"] = "tf32" if tf32 else "ieee"
                     name = f"{'tf32' if tf32 else pointer[1:]} {tile.height}x{tile.width} S={segments}"
                     exact = wide and not tf32

@@ -1,4 +1,4 @@
-"""Where the CPU kernels of ``csrc/`` come from.
+"""Where the native kernels of ``csrc/`` come from.
 
 Three ways, tried in this order and only when a kernel is first needed, never at import:
 
@@ -8,9 +8,11 @@ Three ways, tried in this order and only when a kernel is first needed, never at
    of LibTorch, whose headers compile in seconds;
 3. the reference in Python, with one warning that says why.
 
-A library is loaded only if it is whole (its SHA-256 is in a file beside it: loading a truncated one kills the process)
-and names the sources of this package as its own (what an old one registers cannot be taken back); else it is
-built anew.
+A library is loaded only if its seal, a file beside it, names the version of the sources that are here (what an old one
+registers cannot be taken back) and the SHA-256 of what it is (loading a part of one kills the process): ``_seal``.
+One in the package that is not is named and left alone; one in the cache is built anew.
+
+Kernels for CUDA are in a library built ahead of time alone, where ``setup.py`` found torch with CUDA and a toolkit.
 
 The environment variable ``TASKGRAD_NATIVE`` overrides this: ``0`` takes the reference, ``1`` makes it an
 error if the native kernels cannot be had. ``TORCH_EXTENSIONS_DIR`` moves the cache, as it does for torch's
@@ -38,11 +40,14 @@ from typing import Literal
 
 import torch
 
+from . import _seal
+
 Kind = Literal["ahead of time", "compiled on first use", "reference"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARY = "taskgrad_ops"
-KERNELS = ("memory_dot", "norm_segment_sum", "segment_sum", "segments_hold", "sum_gram")
+kernels: list[str] = []
+"""The ops that a library must have a kernel for; every op says so itself when it is registered."""
 _lock = threading.Lock()
 
 
@@ -72,6 +77,12 @@ def status() -> NativeStatus:
 def ready() -> bool:
     """Whether the native kernels are in force; loads them if that has not been tried."""
     return status().kind != "reference"
+
+
+@functools.cache
+def has_cuda(name: str) -> bool:
+    """Whether the library in force has the kernel ``name`` for CUDA; loads it if that has not been tried."""
+    return ready() and torch._C._dispatch_has_kernel(f"taskgrad_cuda::{name}")
 
 
 @functools.cache
@@ -115,7 +126,7 @@ def compiler() -> list[str]:
 
 def _load_built() -> NativeStatus | None:
     for library in sorted(_PACKAGE.glob("_C*.so")):
-        fault = _fault(library)
+        fault = _seal.fault(library, _sources())
         if fault is None:
             try:
                 _load(library)
@@ -128,10 +139,10 @@ def _load_built() -> NativeStatus | None:
 
 
 def _load_compiled() -> NativeStatus:
-    source_dir, recipe = _recipe()
-    library = _cache_dir() / _key(source_dir, recipe) / f"{_LIBRARY}.so"
-    if _fault(library) is not None:
-        _compile(source_dir, recipe, library)
+    sources = _sources()
+    library = _cache_dir() / _key(sources) / f"{_LIBRARY}.so"
+    if _seal.fault(library, sources) is not None:
+        _compile(sources, library)
     _load(library)
     return NativeStatus("compiled on first use", str(library))
 
@@ -139,42 +150,16 @@ def _load_compiled() -> NativeStatus:
 def _load(library: Path) -> None:
     torch.ops.load_library(library)
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    missing = [name for name in KERNELS if not has_kernel(f"taskgrad::{name}", "CPU")]
+    missing = [name for name in kernels if not has_kernel(f"taskgrad::{name}", "CPU")]
     if missing:  # calls to them would come back to Python for ever
         raise RuntimeError(f"{library} has no kernel for {', '.join(missing)}")
 
 
-def _fault(library: Path) -> str | None:
-    """Why ``library`` must not be loaded; None if it is whole and of this package's sources."""
-    try:
-        content = library.read_bytes()
-        recorded = _record(library).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        return f"it or its SHA-256 cannot be read ({error})"
-    if hashlib.sha256(content).hexdigest() != recorded.strip():
-        return "it is damaged: its SHA-256 is not the recorded one"
-    if f"taskgrad built from {sources_digest(*_recipe())}\0".encode() not in content:
-        return "it was built from other sources"
-    return None
-
-
-def _record(library: Path) -> Path:
-    return library.with_name(f"{library.name}.sha256")
-
-
-def sources_digest(source_dir: Path, recipe: dict[str, list[str]]) -> str:
-    """What a library calls the sources it was built from; ``setup.py`` computes the same."""
-    digest = hashlib.sha256((source_dir / "build.json").read_bytes())
-    for source in (*recipe["sources"], *recipe["headers"]):
-        digest.update((source_dir / source).read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _recipe() -> tuple[Path, dict[str, list[str]]]:
-    """The folder of the C++ sources, installed or in a checkout, and its ``build.json``."""
+def _sources() -> Path:
+    """The folder of the C++ sources, installed or in a checkout."""
     for folder in (_PACKAGE / "_csrc", _PACKAGE.parents[1] / "csrc"):
-        with contextlib.suppress(FileNotFoundError):
-            return folder, json.loads((folder / "build.json").read_text())
+        if (folder / "build.json").exists():
+            return folder
     raise RuntimeError(f"the C++ sources are missing from {_PACKAGE}")
 
 
@@ -184,41 +169,41 @@ def _cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taskgrad"
 
 
-def _key(source_dir: Path, recipe: dict[str, list[str]]) -> str:
+def _key(sources: Path) -> str:
     """A name that changes with everything the library depends on; torch's version stands for its headers."""
-    facts = [sources_digest(source_dir, recipe), torch.__version__, platform.machine(), platform.libc_ver()]
+    facts = [_seal.version(sources), torch.__version__, platform.machine(), platform.libc_ver()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _compile(source_dir: Path, recipe: dict[str, list[str]], library: Path) -> None:
+def _compile(sources: Path, library: Path) -> None:
     """Compile in a scratch folder, then move the library to its place in one step: never seen half done."""
     command = compiler()
     folder = library.parent
     folder.mkdir(parents=True, exist_ok=True)
     with _file_lock(folder / "lock"):
-        if _fault(library) is None:  # another process was faster
+        if _seal.fault(library, sources) is None:  # another process was faster
             return
         for left in folder.glob("build-*"):  # by a process that was killed: this one holds the lock
             shutil.rmtree(left, ignore_errors=True)
         from torch.utils import cpp_extension
 
         print(f"taskgrad: compiling its CPU kernels, once, into {folder}", file=sys.stderr, flush=True)
+        recipe = json.loads((sources / "build.json").read_text())
         with (
             tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch,
             _build_environment(command, Path(scratch)),
         ):
             cpp_extension.load(
                 _LIBRARY,
-                [str(source_dir / source) for source in recipe["sources"]],
-                extra_cflags=[*recipe["cflags"], f"-DTASKGRAD_SOURCES={sources_digest(source_dir, recipe)}"],
+                [str(sources / source) for source in recipe["sources"]],
+                extra_cflags=recipe["cflags"],
                 build_directory=scratch,
                 is_python_module=False,
             )
             built = Path(scratch) / library.name
-            record = _record(built)
-            record.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
+            seal = _seal.put(built, sources)
             _move(built, library)
-            _move(record, _record(library))
+            _move(seal, _seal.beside(library))
 
 
 def _move(file: Path, to: Path) -> None:

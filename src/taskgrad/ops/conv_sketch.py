@@ -9,8 +9,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import _shared
-from ._shared import stat_dtype
+from . import _check
+from ._register import register
+from .segment_sum import stat_dtype
+from .segments import segments_at, within
 
 
 def conv_sketch(
@@ -49,18 +51,11 @@ def conv_sketch(
         ValueError: a shape that is not, options of the convolution that do not lead from ``x`` to ``dy``, or the values
             of ``offsets``, and of ``order`` on a CPU. NaN throughout where ``order`` on a GPU is malformed.
     """
-    _check(dy, x, weight, stride, padding, dilation, groups, order, offsets, left, right)
-    _shared.check_real("dy", dy)
-    dy, x, weight = dy.detach(), x.detach(), weight.detach()
-    left, right = (None if side is None else side.detach() for side in (left, right))
-    dw, stats = torch.ops.taskgrad.conv_sketch(
-        dy, x, weight, stride, padding, dilation, groups, order, offsets, left, right
-    )
-    wrong = _shared.fault_on_gpu(order, offsets, dy.shape[0])
-    return _shared.spoiled(dw, wrong), _shared.spoiled(stats, wrong)
+    dw, stats = _OP(dy, x, weight, stride, padding, dilation, groups, order, offsets, left, right)
+    return dw, stats
 
 
-def _check(
+def _check_arguments(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -73,12 +68,12 @@ def _check(
     left: Tensor | None,
     right: Tensor | None,
 ) -> None:
-    _shared.check_operand("dy", dy)
-    _shared.check_like("x", x, "dy", dy)
-    _shared.check_like("weight", weight, "dy", dy)
-    _shared.check_segments(order, offsets, "dy", dy)
-    _shared.check_map("left", left, "dy", dy)
-    _shared.check_map("right", right, "dy", dy)
+    _check.check_operand("dy", dy)
+    _check.check_like("x", x, "dy", dy)
+    _check.check_like("weight", weight, "dy", dy)
+    _check.check_segments(order, offsets, "dy", dy)
+    _check.check_map("left", left, "dy", dy)
+    _check.check_map("right", right, "dy", dy)
     dims = weight.dim() - 2
     if dims not in (1, 2, 3) or dy.dim() != dims + 2 or x.dim() != dims + 2 or x.shape[0] != dy.shape[0]:
         raise ValueError(
@@ -99,13 +94,12 @@ def _check(
             f"dy must have shape [B, {', '.join(map(str, [weight.shape[0], *out]))}], which the convolution of x with "
             f"weight gives, got {list(dy.shape)}"
         )
-    _shared.check_segment_shapes(order, offsets, dy.shape[0])
-    _shared.check_map_shape("left", left, weight.shape[0])
-    _shared.check_map_shape("right", right, math.prod(weight.shape[1:]))
+    _check.check_segment_shapes(order, offsets, dy.shape[0])
+    _check.check_map_shape("left", left, weight.shape[0])
+    _check.check_map_shape("right", right, math.prod(weight.shape[1:]))
 
 
-@torch.library.custom_op("taskgrad::conv_sketch", mutates_args=())
-def _op(
+def _sketches(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -118,12 +112,12 @@ def _op(
     left: Tensor | None,
     right: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _check(dy, x, weight, stride, padding, dilation, groups, order, offsets, left, right)
-    offsets = offsets.cpu()  # on a GPU this waits
-    _shared.check_values(order, offsets, dy.shape[0])
+    if not offsets.is_cpu:
+        offsets = offsets.cpu()  # this waits
+        _check.check_values(None, offsets, dy.shape[0])
     dtype = stat_dtype(dy)
     if order is not None:
-        order = _shared.within(order, dy.shape[0])
+        order = within(order, dy.shape[0])
         dy, x = dy.index_select(0, order), x.index_select(0, order)
     bounds = offsets.tolist()
     dw = torch.zeros_like(weight, dtype=dtype)
@@ -155,7 +149,6 @@ def _op(
     return dw.to(weight.dtype), stats
 
 
-@_op.register_fake
 def _fake(
     dy: Tensor,
     x: Tensor,
@@ -169,7 +162,6 @@ def _fake(
     left: Tensor | None,
     right: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _check(dy, x, weight, stride, padding, dilation, groups, order, offsets, left, right)
     return torch.empty_like(weight), _empty(dy, weight, offsets, left, right)
 
 
@@ -177,3 +169,13 @@ def _empty(dy: Tensor, weight: Tensor, offsets: Tensor, left: Tensor | None, rig
     r0 = weight.shape[0] if left is None else left.shape[1]
     r1 = math.prod(weight.shape[1:]) if right is None else right.shape[1]
     return dy.new_empty(offsets.shape[0] - 1, r0, r1, dtype=stat_dtype(dy))
+
+
+_OP = register(
+    "conv_sketch(Tensor dy, Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation,"
+    " SymInt groups, Tensor? order, Tensor offsets, Tensor? left, Tensor? right) -> (Tensor dw, Tensor stats)",
+    check=_check_arguments,
+    values=segments_at(order=7, offsets=8),
+    fake=_fake,
+    reference=_sketches,
+)

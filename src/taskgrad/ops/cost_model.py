@@ -1,12 +1,12 @@
-"""Which way to a layer's per-task statistics is the cheapest, by arithmetic.
+"""Which way to the exact Gram of a layer's per-task gradients is the cheaper, by arithmetic.
 
 For a weight gradient dW = Σ_t dY_tᵀ X_t with N rows, d = d_in · d_out entries and S segments (the tasks and rest):
 
     strategy     what it does                                        beyond the dense product dYᵀ X
-    materialise  one product per segment, then sum and Gram          write and read S · d numbers, 2 S² d operations
     fused        ``wgrad_gram``: Gram per tile, tiles kept in L2     the kernel's efficiency, 2 S² d operations
     ghost        ``ghost_gram``: Gram from products of rows          N² (d_in + d_out) operations
-    sketch       ``wgrad_sketch``: two skinny products (LoGra)       read X and dY again, 2 N (d_in r + d_out r)
+
+``wgrad_stats`` asks here, and forms the S gradients only where they are wanted themselves.
 
 Operations and bytes are exact, rates are the table's. A strategy counts as long as its operations or its bytes take,
 whichever is more: enough to rank strategies that differ by factors, not to predict a time.
@@ -14,7 +14,6 @@ whichever is more: enough to rank strategies that differ by factors, not to pred
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,23 +21,19 @@ import torch
 
 from .wgrad_gram import PANEL_BYTES
 
-Strategy = Literal["materialise", "fused", "ghost", "sketch"]
-
-GRAM: tuple[Strategy, ...] = ("fused", "ghost")
-"""Ways to an exact Gram without S gradients in memory."""
+Strategy = Literal["fused", "ghost"]
 
 
 @dataclass(frozen=True)
 class Rates:
     """Sustained rates of a device: operations per second on 16-bit and on 32-bit operands, and bytes per second.
 
-    ``split``: the share of the dense rate that one product per segment reaches; ``fused``: that of ``wgrad_gram``.
+    ``fused``: the share of the dense rate that ``wgrad_gram`` reaches.
     """
 
     half: float
     single: float
     bytes: float
-    split: float
     fused: float
 
 
@@ -46,9 +41,9 @@ class Rates:
 # CPU: one thread of a server core with AVX-512 and MKL, measured with these kernels at d = 512 and
 # 1024 (16-bit operands are widened first); torch's own threads multiply it. No rate is more than a guess elsewhere.
 RATES = {
-    "sm_90": Rates(half=600e12, single=50e12, bytes=3.0e12, split=0.9, fused=0.8),
-    "sm_80": Rates(half=230e12, single=17e12, bytes=1.5e12, split=0.9, fused=0.8),
-    "cpu": Rates(half=100e9, single=100e9, bytes=5e9, split=0.9, fused=0.9),
+    "sm_90": Rates(half=600e12, single=50e12, bytes=3.0e12, fused=0.8),
+    "sm_80": Rates(half=230e12, single=17e12, bytes=1.5e12, fused=0.8),
+    "cpu": Rates(half=100e9, single=100e9, bytes=5e9, fused=0.9),
 }
 
 
@@ -62,14 +57,7 @@ class Cost:
 
 
 def costs(
-    rows: int,
-    d_in: int,
-    d_out: int,
-    segments: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    ranks: tuple[int, int] = (32, 32),
+    rows: int, d_in: int, d_out: int, segments: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[float, dict[Strategy, Cost]]:
     """Seconds of the dense product alone, and the cost of every strategy.
 
@@ -79,7 +67,6 @@ def costs(
         segments: S, tasks and rest.
         dtype: of X and dY.
         device: where they are.
-        ranks: r0 and r1 of the sketch, the columns of L and R.
     """
     rates = RATES[_kind(device)]
     threads = torch.get_num_threads() if device.type == "cpu" else 1
@@ -96,14 +83,8 @@ def costs(
     product = 2.0 * rows * entries
     gram = 2.0 * segments**2 * entries
     dense = time(product, activations + entries * item)
-    r0, r1 = min(ranks[0], d_out), min(ranks[1], d_in)
     tiles = segments * entries * stat
     found = (
-        Cost(
-            "materialise",
-            time(product / rates.split, activations) + time(gram, 2 * tiles),
-            tiles,
-        ),
         Cost(
             "fused",
             # on a CPU a panel of the parts is read once more by sum_gram
@@ -112,18 +93,13 @@ def costs(
             _scratch(device, segments, entries, stat, item),
         ),
         Cost("ghost", dense + time(rows**2 * (d_in + d_out), 2 * activations), 0),
-        Cost(
-            "sketch",
-            dense + time(2.0 * rows * (d_out * r0 + d_in * r1 + r0 * r1), activations),
-            rows * (r0 + r1) * stat + segments * r0 * r1 * stat,
-        ),
     )
     return dense, {cost.strategy: cost for cost in found}
 
 
-def cheapest(found: dict[Strategy, Cost], allowed: Sequence[Strategy]) -> Strategy:
-    """The strategy of ``allowed`` that takes the least time; of equals the one that needs the least memory."""
-    return min((found[name] for name in allowed), key=lambda cost: (cost.seconds, cost.extra_bytes)).strategy
+def cheapest(found: dict[Strategy, Cost]) -> Strategy:
+    """The strategy that takes the least time; of equals the one that needs the least memory."""
+    return min(found.values(), key=lambda cost: (cost.seconds, cost.extra_bytes)).strategy
 
 
 def explain(dense: float, found: dict[Strategy, Cost]) -> str:
@@ -132,9 +108,6 @@ def explain(dense: float, found: dict[Strategy, Cost]) -> str:
     for name, cost in sorted(found.items(), key=lambda item: item[1].seconds):
         over = f"{100 * (cost.seconds / dense - 1):+.0f} %"
         lines.append(f"{name:<12}{_duration(cost.seconds):>10}  {over:>10}  {cost.extra_bytes / 2**20:>8.1f} MiB")
-    gram = cheapest(found, GRAM)
-    sketch = cheapest(found, ("sketch", "materialise"))
-    lines.append(f"exact Gram: {gram}; sketch: {sketch}")
     return "\n".join(lines)
 
 

@@ -9,18 +9,17 @@ Row n adds dY_n to row index_n of the gradient: G_s = Σ_{n in s} e(index_n) dY_
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import _shared
-from ._shared import stat_dtype, triton_obstacle
+from . import _check
+from ._register import Triton, Values, register
+from .segment_sum import stat_dtype
+from .segments import fault_on_gpu, segment_of_entries, within
 from .wgrad_sketch import segment_products
-
-torch.library.define(
-    "taskgrad::embedding_stats",
-    "(Tensor dy, Tensor index, Tensor? order, Tensor offsets, SymInt num_embeddings, int padding_idx, Tensor? left, "
-    "Tensor? right) -> (Tensor dw, Tensor stats)",
-)
 
 
 def embedding_stats(
@@ -52,55 +51,62 @@ def embedding_stats(
         TypeError: a dtype or a device that is not supported.
         ValueError: shapes that do not fit, or the values of index, order or offsets on a CPU.
     """
-    _check(dy, index, order, offsets, num_embeddings, padding_idx)
-    _check_maps(dy, num_embeddings, left, right)
-    _shared.check_real("dy", dy)
-    maps = (None if side is None else side.detach() for side in (left, right))
-    dw, stats = torch.ops.taskgrad.embedding_stats(
-        dy.detach(), index, order, offsets, num_embeddings, padding_idx, *maps
-    )
-    wrong = _fault_on_gpu(index, order, offsets, num_embeddings)
-    return _shared.spoiled(dw, wrong), _shared.spoiled(stats, wrong)
+    dw, stats = _STATS(dy, index, order, offsets, num_embeddings, padding_idx, left, right)
+    return dw, stats
 
 
-def _check(
-    dy: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor, num_embeddings: int, padding_idx: int
+def _check_rows(
+    dy: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor, num_embeddings: int, padding_idx: int = -1
 ) -> None:
-    _shared.check_operand("dy", dy)
-    _shared.check_operand("index", index, (torch.int64, torch.int32))
+    _check.check_operand("dy", dy)
+    _check.check_operand("index", index, (torch.int64, torch.int32))
     if index.device != dy.device:
         raise TypeError(f"index must be on {dy.device} as dy is, got {index.device}: use index.to(dy.device)")
-    _shared.check_segments(order, offsets, "dy", dy)
+    _check.check_segments(order, offsets, "dy", dy)
     if dy.dim() != 3 or index.shape != dy.shape[:2]:
         raise ValueError(f"dy must be [E, M, d] and index [E, M], got {list(dy.shape)} and {list(index.shape)}")
-    _shared.check_segment_shapes(order, offsets, dy.shape[0])
+    _check.check_segment_shapes(order, offsets, dy.shape[0])
     if not 0 <= num_embeddings * offsets.shape[0] < 1 << 62:  # pairs of a row and a segment are numbered
         raise ValueError(f"num_embeddings must not be negative, nor beyond 2**62 / (S + 1), got {num_embeddings}")
     if not -1 <= padding_idx < max(num_embeddings, 1):
         raise ValueError(f"padding_idx must lie in [-1, {num_embeddings}), -1 for none, got {padding_idx}")
 
 
-def _check_maps(dy: Tensor, num_embeddings: int, left: Tensor | None, right: Tensor | None) -> None:
-    _shared.check_map("left", left, "dy", dy)
-    _shared.check_map("right", right, "dy", dy)
-    _shared.check_map_shape("left", left, num_embeddings)
-    _shared.check_map_shape("right", right, dy.shape[2])
+def _check_stats(
+    dy: Tensor,
+    index: Tensor,
+    order: Tensor | None,
+    offsets: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+    left: Tensor | None,
+    right: Tensor | None,
+) -> None:
+    _check_rows(dy, index, order, offsets, num_embeddings, padding_idx)
+    _check.check_map("left", left, "dy", dy)
+    _check.check_map("right", right, "dy", dy)
+    _check.check_map_shape("left", left, num_embeddings)
+    _check.check_map_shape("right", right, dy.shape[2])
 
 
-def _check_values(index: Tensor, order: Tensor | None, offsets: Tensor, num_embeddings: int) -> None:
-    _shared.check_index("index", index, num_embeddings)
-    _shared.check_values(order, offsets, index.shape[0])
+def _check_values(
+    dy: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor, num_embeddings: int, *rest: Any
+) -> None:
+    _check.check_index("index", index, num_embeddings)
+    _check.check_values(order, offsets, index.shape[0])
 
 
-def _fault_on_gpu(index: Tensor, order: Tensor | None, offsets: Tensor, num_embeddings: int) -> Tensor | None:
-    if index.device.type == "cpu":
+def _fault_on_gpu(
+    dy: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor, num_embeddings: int, *rest: Any
+) -> Tensor | None:
+    if index.is_cpu:
         return None
     wrong = ((index < 0) | (index >= num_embeddings)).any()
-    segments = _shared.fault_on_gpu(order, offsets, index.shape[0])
+    segments = fault_on_gpu(order, offsets, index.shape[0])
     return wrong if segments is None else wrong | segments
 
 
-def reference(
+def stats_reference(
     dy: Tensor,
     index: Tensor,
     order: Tensor | None,
@@ -123,18 +129,6 @@ def reference(
     return stats if right is None else stats @ right.to(stats.dtype)
 
 
-def segment_of_entries(order: Tensor | None, offsets: Tensor, entries: int) -> Tensor:
-    """Segment of every entry [E], in the order in which they were given."""
-    positions = torch.arange(entries, dtype=offsets.dtype, device=offsets.device)
-    segment = torch.searchsorted(offsets[1:].contiguous(), positions, right=True)
-    segment.clamp_(max=max(offsets.shape[0] - 2, 0))  # entries behind malformed offsets are nobody's
-    if order is None:
-        return segment
-    segment = segment.to(order.device, non_blocking=True)
-    return torch.zeros_like(segment).index_copy_(0, _shared.within(order, entries), segment)
-
-
-@torch.library.register_fake("taskgrad::embedding_stats")  # type: ignore[untyped-decorator]
 def _fake(
     dy: Tensor,
     index: Tensor,
@@ -145,16 +139,13 @@ def _fake(
     left: Tensor | None,
     right: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _check(dy, index, order, offsets, num_embeddings, padding_idx)
-    _check_maps(dy, num_embeddings, left, right)
     r0 = num_embeddings if left is None else left.shape[1]
     r1 = dy.shape[-1] if right is None else right.shape[1]
     stats = dy.new_empty(offsets.shape[0] - 1, r0, r1, dtype=stat_dtype(dy))
     return dy.new_empty(num_embeddings, dy.shape[-1]), stats
 
 
-@torch.library.impl("taskgrad::embedding_stats", "CPU")
-def _cpu(
+def _on_cpu(
     dy: Tensor,
     index: Tensor,
     order: Tensor | None,
@@ -164,18 +155,14 @@ def _cpu(
     left: Tensor | None,
     right: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _check(dy, index, order, offsets, num_embeddings, padding_idx)
-    _check_maps(dy, num_embeddings, left, right)
-    _check_values(index, order, offsets, num_embeddings)
     dw = _dense(dy, index, num_embeddings, padding_idx)
     if left is None:
-        return dw, reference(dy, index, order, offsets, num_embeddings, padding_idx, left, right)
+        return dw, stats_reference(dy, index, order, offsets, num_embeddings, padding_idx, left, right)
     v = _projected(dy, index, padding_idx, right)
     return dw, segment_products(left.to(v.dtype)[index], v, order, offsets)
 
 
-@torch.library.impl("taskgrad::embedding_stats", "CUDA")
-def _cuda(
+def reference(
     dy: Tensor,
     index: Tensor,
     order: Tensor | None,
@@ -185,20 +172,41 @@ def _cuda(
     left: Tensor | None,
     right: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _check(dy, index, order, offsets, num_embeddings, padding_idx)
-    _check_maps(dy, num_embeddings, left, right)
-    _shared.check_values(None, offsets, dy.shape[0])
-    index = _shared.within(index, num_embeddings)
-    dw = _dense(dy, index, num_embeddings, padding_idx)
+    """``embedding_stats`` in plain torch."""
+    index = within(index, num_embeddings)
     offsets = offsets.to(dy.device, non_blocking=True)
-    fits = left is not None and dy.numel() > 0 and dy.dtype != torch.float64 and offsets.shape[0] > 1
-    if not fits or triton_obstacle(dy.device) is not None:
-        return dw, reference(dy, index, order, offsets, num_embeddings, padding_idx, left, right)
-    assert left is not None
-    from .triton import embedding_stats as kernel
+    stats = stats_reference(dy, index, order, offsets, num_embeddings, padding_idx, left, right)
+    return _dense(dy, index, num_embeddings, padding_idx), stats
 
-    with torch.cuda.device(dy.device):
-        return dw, kernel.launch(_projected(dy, index, padding_idx, right), index, order, offsets, left)
+
+def _fits(
+    dy: Tensor,
+    index: Tensor,
+    order: Tensor | None,
+    offsets: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+    left: Tensor | None,
+    right: Tensor | None,
+) -> bool:
+    return left is not None and dy.numel() > 0 and dy.dtype != torch.float64 and offsets.shape[0] > 1
+
+
+def _launch(
+    kernel: ModuleType,
+    dy: Tensor,
+    index: Tensor,
+    order: Tensor | None,
+    offsets: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+    left: Tensor,
+    right: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    index = within(index, num_embeddings)
+    offsets = offsets.to(dy.device, non_blocking=True)
+    stats = kernel.launch(_projected(dy, index, padding_idx, right), index, order, offsets, left)
+    return _dense(dy, index, num_embeddings, padding_idx), stats
 
 
 def _dense(dy: Tensor, index: Tensor, num_embeddings: int, padding_idx: int) -> Tensor:
@@ -230,19 +238,14 @@ def embedding_gram(
     Raises:
         TypeError, ValueError: as ``embedding_stats``.
     """
-    _check(dy, index, order, offsets, num_embeddings, padding_idx)
-    _shared.check_real("dy", dy)
-    gram = torch.ops.taskgrad.embedding_gram(dy.detach(), index, order, offsets, num_embeddings, padding_idx)
-    return _shared.spoiled(gram, _fault_on_gpu(index, order, offsets, num_embeddings))
+    gram: Tensor = _GRAM(dy, index, order, offsets, num_embeddings, padding_idx)
+    return gram
 
 
-@torch.library.custom_op("taskgrad::embedding_gram", mutates_args=())
-def _gram_op(
+def _gram(
     dy: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor, num_embeddings: int, padding_idx: int = -1
 ) -> Tensor:
-    _check(dy, index, order, offsets, num_embeddings, padding_idx)
-    _check_values(index, order, offsets, num_embeddings)
-    index = _shared.within(index, num_embeddings)
+    index = within(index, num_embeddings)
     segments = offsets.shape[0] - 1
     offsets = offsets.to(dy.device, non_blocking=True)
     segment = segment_of_entries(order, offsets, dy.shape[0])
@@ -269,10 +272,29 @@ def _gram_op(
     return (gram + gram.mT) / 2
 
 
-@_gram_op.register_fake
 def _fake_gram(
     dy: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor, num_embeddings: int, padding_idx: int = -1
 ) -> Tensor:
-    _check(dy, index, order, offsets, num_embeddings, padding_idx)
     segments = offsets.shape[0] - 1
     return dy.new_empty(segments, segments, dtype=torch.float64)
+
+
+_VALUES = Values(_check_values, _fault_on_gpu)
+_STATS = register(
+    "embedding_stats(Tensor dy, Tensor index, Tensor? order, Tensor offsets, SymInt num_embeddings, int padding_idx,"
+    " Tensor? left, Tensor? right) -> (Tensor dw, Tensor stats)",
+    check=_check_stats,
+    values=_VALUES,
+    fake=_fake,
+    reference=reference,
+    cpu=_on_cpu,
+    cuda=(Triton("embedding_stats", _fits, _launch),),
+)
+_GRAM = register(
+    "embedding_gram(Tensor dy, Tensor index, Tensor? order, Tensor offsets, SymInt num_embeddings,"
+    " SymInt padding_idx=-1) -> Tensor",
+    check=_check_rows,
+    values=_VALUES,
+    fake=_fake_gram,
+    reference=_gram,
+)

@@ -11,21 +11,22 @@ weight gradient. It pays below about N = d / 2.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from . import _shared
-from ._shared import stat_dtype, triton_obstacle
-from .wgrad_gram import check_rows
+from . import _check
+from ._register import Triton, register, tf32_allowed
+from .segment_sum import stat_dtype
+from .segments import segments_at
 
-torch.library.define("taskgrad::ghost_gram", "(Tensor dy, Tensor x, Tensor offsets, bool tf32) -> Tensor gram")
 
-
-def ghost_gram(dy: Tensor, x: Tensor, offsets: Tensor, *, tf32: bool = False) -> Tensor:
+def ghost_gram(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     """Inner products of the parts, by segment, of the weight gradient dYᵀ X.
 
     Args:
-        dy, x, offsets, tf32: as of ``wgrad_gram``.
+        dy, x, offsets: as of ``wgrad_gram``.
 
     Returns:
         The Gram [S, S] in float64, symmetric to the bit. It carries no gradient. Its rounding error (in float32, for
@@ -35,10 +36,8 @@ def ghost_gram(dy: Tensor, x: Tensor, offsets: Tensor, *, tf32: bool = False) ->
     Raises:
         TypeError, ValueError: as ``wgrad_gram``.
     """
-    check_rows(dy, x, offsets)
-    _shared.check_real("dy", dy)
-    gram = torch.ops.taskgrad.ghost_gram(dy.detach(), x.detach(), offsets, tf32)
-    return _shared.spoiled(gram, _shared.fault_on_gpu(None, offsets, dy.shape[0]))
+    gram: Tensor = _OP(dy, x, offsets)
+    return gram
 
 
 def reference(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
@@ -49,7 +48,7 @@ def reference(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     gram = torch.zeros(segments, segments, dtype=torch.float64, device=dy.device)
     if dy.shape[1] == 0 or x.shape[1] == 0:  # 0, also where the other holds NaN
         return gram
-    offsets = offsets.long().clamp(0, rows)  # segment_reduce believes them
+    offsets = offsets.to(dy.device, torch.int64, non_blocking=True).clamp(0, rows)  # segment_reduce believes them
     height = max(64, (1 << 20) // max(1, rows))  # 8 MiB of products at a time
     for start in range(0, rows, height):
         end = min(start + height, rows)
@@ -70,31 +69,28 @@ def segment_of_rows(offsets: Tensor, rows: int) -> Tensor:
     return segment.clamp_(max=offsets.shape[0] - 2)  # rows behind malformed offsets are nobody's
 
 
-@torch.library.register_fake("taskgrad::ghost_gram")  # type: ignore[untyped-decorator]
-def _fake(dy: Tensor, x: Tensor, offsets: Tensor, tf32: bool) -> Tensor:
-    check_rows(dy, x, offsets)
+def _fake(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     segments = offsets.shape[0] - 1
     return dy.new_empty(segments, segments, dtype=torch.float64)
 
 
-@torch.library.impl("taskgrad::ghost_gram", "CPU")
-def _cpu(dy: Tensor, x: Tensor, offsets: Tensor, tf32: bool) -> Tensor:
-    check_rows(dy, x, offsets)
-    _shared.check_values(None, offsets, dy.shape[0])
-    return reference(dy, x, offsets)
+def _fits(dy: Tensor, x: Tensor, offsets: Tensor) -> bool:
+    return dy.numel() > 0 and x.numel() > 0 and offsets.shape[0] > 1 and dy.dtype != torch.float64
 
 
-@torch.library.impl("taskgrad::ghost_gram", "CUDA")
-def _cuda(dy: Tensor, x: Tensor, offsets: Tensor, tf32: bool) -> Tensor:
-    check_rows(dy, x, offsets)
-    _shared.check_values(None, offsets, dy.shape[0])
+def _launch(kernel: ModuleType, dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    properties, tf32 = torch.cuda.get_device_properties(dy.device), tf32_allowed()
+    tile = kernel.tile_config(dy.dtype, tf32, properties.major)
     offsets = offsets.to(dy.device, non_blocking=True)
-    empty = dy.numel() * x.numel() == 0 or offsets.shape[0] == 1
-    if empty or dy.dtype == torch.float64 or triton_obstacle(dy.device) is not None:
-        return reference(dy, x, offsets)
-    from .triton import ghost_gram as kernel
+    gram: Tensor = kernel.launch(dy, x, offsets, tile, properties.multi_processor_count, tf32=tf32)
+    return gram
 
-    with torch.cuda.device(dy.device):
-        properties = torch.cuda.get_device_properties(dy.device)
-        tile = kernel.tile_config(dy.dtype, tf32, properties.major)
-        return kernel.launch(dy, x, offsets, tile, properties.multi_processor_count, tf32=tf32)
+
+_OP = register(
+    "ghost_gram(Tensor dy, Tensor x, Tensor offsets) -> Tensor gram",
+    check=_check.check_rows,
+    values=segments_at(order=None, offsets=2),
+    fake=_fake,
+    reference=reference,
+    cuda=(Triton("ghost_gram", _fits, _launch),),
+)

@@ -5,7 +5,7 @@
 Products are accumulated in fp64 (on a GPU: fp32 within a tile, fp64 over tiles), in an order given by the shapes: same
 input, same bits. Cost: (T + S) K elements read, T S K multiplications; memory is the limit below about 64 tasks.
 
-The same stem is in ``csrc/ops/memory_dot.cpp`` (CPU) and ``tests/ops``.
+The same stem is in ``csrc/ops/memory_dot.cpp`` (CPU), ``triton`` and ``tests/ops``.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _native, _shared
-from ._shared import triton_obstacle
+from . import _check
+from ._register import Triton, register
 
 DTYPES = (torch.float32, torch.float64)
-
-torch.library.define("taskgrad::memory_dot", "(Tensor memory, Tensor stats) -> Tensor")
 
 
 def memory_dot(memory: Tensor, stats: Tensor) -> Tensor:
@@ -35,15 +33,13 @@ def memory_dot(memory: Tensor, stats: Tensor) -> Tensor:
         TypeError: another dtype or kind of device, or not the same for both.
         ValueError: not two matrices with the same number of columns.
     """
-    _check(memory, stats)
-    _shared.check_real("memory", memory)
-    dots: Tensor = torch.ops.taskgrad.memory_dot(memory.detach(), stats.detach())
+    dots: Tensor = _OP(memory, stats)
     return dots
 
 
-def _check(memory: Tensor, stats: Tensor) -> None:
-    _shared.check_operand("memory", memory, DTYPES)
-    _shared.check_like("stats", stats, "memory", memory)
+def _check_matrices(memory: Tensor, stats: Tensor) -> None:
+    _check.check_operand("memory", memory, DTYPES)
+    _check.check_like("stats", stats, "memory", memory)
     if memory.dim() != 2 or stats.dim() != 2 or memory.shape[1] != stats.shape[1]:
         raise ValueError(f"memory must be [T, K] and stats [S, K], got {list(memory.shape)} and {list(stats.shape)}")
 
@@ -56,28 +52,19 @@ def reference(memory: Tensor, stats: Tensor) -> Tensor:
     return dots
 
 
-@torch.library.register_fake("taskgrad::memory_dot")  # type: ignore[untyped-decorator]
 def _fake(memory: Tensor, stats: Tensor) -> Tensor:
-    _check(memory, stats)
     return memory.new_empty(memory.shape[0], stats.shape[0], dtype=torch.float64)
 
 
-@torch.library.impl("taskgrad::memory_dot", "CompositeExplicitAutograd")
-def _without_kernel(memory: Tensor, stats: Tensor) -> Tensor:
-    """What the dispatcher finds where no kernel is registered: on a CPU, until the native library is in."""
-    _check(memory, stats)
-    if _native.ready():
-        return torch.ops.taskgrad.memory_dot(memory, stats)  # type: ignore[no-any-return]
-    return reference(memory, stats)
+def _fits(memory: Tensor, stats: Tensor) -> bool:
+    return memory.numel() > 0 and stats.numel() > 0 and memory.dtype != torch.float64
 
 
-@torch.library.impl("taskgrad::memory_dot", "CUDA")
-def _cuda(memory: Tensor, stats: Tensor) -> Tensor:
-    _check(memory, stats)
-    fits = memory.numel() > 0 and stats.numel() > 0 and memory.dtype != torch.float64
-    if not fits or triton_obstacle(memory.device) is not None:
-        return reference(memory, stats)
-    from .triton import memory_dot as kernel
-
-    with torch.cuda.device(memory.device):
-        return kernel.launch(memory, stats)
+_OP = register(
+    "memory_dot(Tensor memory, Tensor stats) -> Tensor",
+    check=_check_matrices,
+    fake=_fake,
+    reference=reference,
+    native=True,
+    cuda=(Triton("memory_dot", _fits, lambda kernel, memory, stats: kernel.launch(memory, stats)),),
+)

@@ -9,29 +9,31 @@ segment is "rest". x̂ = (x − mean) rstd is computed in registers, never writt
 fp32 (fp64 for float64), and partial sums are added in an order given by the shapes and offsets: same input, same bits.
 
 Cost: E·M·d elements read (twice that for the norm), E·M/R · d partial sums written and read, R rows each.
-On a GPU the Triton kernels run; those in CUDA C++ are ``torch.ops.taskgrad.segment_sum_cuda`` and
-``norm_segment_sum_cuda``, see ``sum_gram``. The same stem is in ``csrc/ops`` (CPU), ``csrc/cuda`` and ``tests/ops``.
+On a GPU the kernels in CUDA C++ run where they were built, else those in Triton; in plain torch float64.
+
+The same stem is in ``csrc/ops`` (CPU), ``csrc/cuda`` (CUDA C++), ``triton`` and ``tests/ops``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _native, _shared
-from ._shared import stat_dtype as stat_dtype
-from ._shared import triton_obstacle
+from . import _check
+from ._register import Cpp, Triton, register
+from .segments import segments_at, within
 
 MAX_SEGMENTS = 4096  # a program of the Triton kernel loads all offsets at once to find its first segment
 
 
-torch.library.define("taskgrad::segment_sum", "(Tensor values, Tensor? order, Tensor offsets) -> Tensor")
-torch.library.define(
-    "taskgrad::norm_segment_sum",
-    "(Tensor dy, Tensor x, Tensor? mean, Tensor rstd, Tensor? order, Tensor offsets) -> (Tensor gamma, Tensor beta)",
-)
+def stat_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of statistics of ``x``: float64 stays, everything else is accumulated in float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def segment_sum(values: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
@@ -52,13 +54,10 @@ def segment_sum(values: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor
         TypeError: a dtype or a device that is not supported.
         ValueError: a shape that is not, or the values of order or offsets on a CPU.
     """
-    _check(values, order, offsets, (1, 2, 3))
-    _shared.check_real("values", values)
-    _shared.check_values(order, offsets, values.shape[0])
-    rows = values.detach()
-    rows = rows[:, None, None] if rows.dim() == 1 else rows[:, None] if rows.dim() == 2 else rows
-    out = torch.ops.taskgrad.segment_sum(rows, order, offsets)
-    out = _shared.spoiled(out, _shared.fault_on_gpu(order, offsets, values.shape[0]))
+    if not isinstance(values, Tensor) or values.dim() not in (1, 2):
+        out: Tensor = _SUM(values, order, offsets)
+        return out
+    out = _SUM(values[:, None, None] if values.dim() == 1 else values[:, None], order, offsets)
     return out[:, 0] if values.dim() == 1 else out
 
 
@@ -79,44 +78,40 @@ def norm_segment_sum(
     Raises:
         TypeError, ValueError: as ``segment_sum``.
     """
-    _check_norm(dy, x, mean, rstd, order, offsets)
-    _shared.check_real("dy", dy)
-    _shared.check_values(order, offsets, dy.shape[0])
-    gamma, beta = torch.ops.taskgrad.norm_segment_sum(dy.detach(), x.detach(), mean, rstd, order, offsets)
-    wrong = _shared.fault_on_gpu(order, offsets, dy.shape[0])
-    return _shared.spoiled(gamma, wrong), _shared.spoiled(beta, wrong)
+    gamma, beta = _NORM(dy, x, mean, rstd, order, offsets)
+    return gamma, beta
 
 
-def _check(values: Tensor, order: Tensor | None, offsets: Tensor, dims: tuple[int, ...] = (3,)) -> None:
-    _shared.check_operand("values", values)
-    _shared.check_segments(order, offsets, "values", values)
-    if values.dim() not in dims:
+def _check_sum(values: Tensor, order: Tensor | None, offsets: Tensor) -> None:
+    _check.check_operand("values", values)
+    _check.check_segments(order, offsets, "values", values)
+    if values.dim() != 3:
         raise ValueError(f"values must have shape [E], [E, d] or [E, M, d], got {list(values.shape)}")
-    _shared.check_segment_shapes(order, offsets, values.shape[0])
+    _check.check_segment_shapes(order, offsets, values.shape[0])
 
 
 def _check_norm(
     dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, order: Tensor | None, offsets: Tensor
 ) -> None:
-    _shared.check_operand("dy", dy)
-    _shared.check_like("x", x, "dy", dy)
+    _check.check_operand("dy", dy)
+    _check.check_like("x", x, "dy", dy)
     for name, stat in (("mean", mean), ("rstd", rstd)):
         if stat is not None or name == "rstd":
-            _shared.check_like(name, stat, "dy", dy, stat_dtype(dy))  # type: ignore[arg-type]
-    _shared.check_segments(order, offsets, "dy", dy)
+            _check.check_like(name, stat, "dy", dy, stat_dtype(dy))  # type: ignore[arg-type]
+    _check.check_segments(order, offsets, "dy", dy)
     if dy.dim() != 3 or x.shape != dy.shape or any(t.shape != dy.shape[:2] for t in (mean, rstd) if t is not None):
         raise ValueError(
             f"dy and x must be [E, M, d], mean and rstd [E, M], got {list(dy.shape)}, {list(x.shape)}, "
             f"{None if mean is None else list(mean.shape)}, {list(rstd.shape)}"
         )
-    _shared.check_segment_shapes(order, offsets, dy.shape[0])
+    _check.check_segment_shapes(order, offsets, dy.shape[0])
 
 
 def reference(values: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
     """``segment_sum`` of [E, M, d] in plain torch; without reading ``offsets`` on the host if it is on a device."""
     dtype = stat_dtype(values)
     if order is not None:
-        values = values.index_select(0, _shared.within(order, values.shape[0]))
+        values = values.index_select(0, within(order, values.shape[0]))
     if offsets.device.type != "cpu":
         sums = values.sum(1, dtype=dtype)
         offsets = offsets.clamp(0, values.shape[0])  # segment_reduce believes them
@@ -135,68 +130,56 @@ def norm_reference(
     return reference(dy * (xhat * rstd[..., None]), order, offsets), reference(dy, order, offsets)
 
 
-@torch.library.register_fake("taskgrad::segment_sum")  # type: ignore[untyped-decorator]
-def _fake(values: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
-    _check(values, order, offsets)
+def _empty(values: Tensor, offsets: Tensor) -> Tensor:
     return values.new_empty(offsets.shape[0] - 1, values.shape[2], dtype=stat_dtype(values))
 
 
-@torch.library.register_fake("taskgrad::norm_segment_sum")  # type: ignore[untyped-decorator]
-def _norm_fake(
-    dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, order: Tensor | None, offsets: Tensor
-) -> tuple[Tensor, Tensor]:
-    _check_norm(dy, x, mean, rstd, order, offsets)
-    return _fake(dy, order, offsets), _fake(dy, order, offsets)
-
-
-@torch.library.impl("taskgrad::segment_sum", "CompositeExplicitAutograd")
-def _without_kernel(values: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
-    """What the dispatcher finds where no kernel is registered: on a CPU, until the native library is in."""
-    _check(values, order, offsets)
-    if _native.ready():
-        return torch.ops.taskgrad.segment_sum(values, order, offsets)  # type: ignore[no-any-return]
-    _shared.check_values(order, offsets, values.shape[0])
-    return reference(values, order, offsets)
-
-
-@torch.library.impl("taskgrad::norm_segment_sum", "CompositeExplicitAutograd")
-def _norm_without_kernel(
-    dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, order: Tensor | None, offsets: Tensor
-) -> tuple[Tensor, Tensor]:
-    _check_norm(dy, x, mean, rstd, order, offsets)
-    if _native.ready():
-        gamma, beta = torch.ops.taskgrad.norm_segment_sum(dy, x, mean, rstd, order, offsets)
-        return gamma, beta
-    _shared.check_values(order, offsets, dy.shape[0])
-    return norm_reference(dy, x, mean, rstd, order, offsets)
-
-
-@torch.library.impl("taskgrad::segment_sum", "CUDA")
-def _cuda(values: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
-    _check(values, order, offsets)
-    _shared.check_values(None, offsets, values.shape[0])
-    if not _fits(values, offsets):
-        return reference(values, order, offsets)
-    from .triton import segment_sum as kernel
-
-    with torch.cuda.device(values.device):
-        return kernel.launch(values, order, offsets.to(values.device, non_blocking=True))
-
-
-@torch.library.impl("taskgrad::norm_segment_sum", "CUDA")
-def _norm_cuda(
-    dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, order: Tensor | None, offsets: Tensor
-) -> tuple[Tensor, Tensor]:
-    _check_norm(dy, x, mean, rstd, order, offsets)
-    _shared.check_values(None, offsets, dy.shape[0])
-    if not _fits(dy, offsets):
-        return norm_reference(dy, x, mean, rstd, order, offsets)
-    from .triton import segment_sum as kernel
-
-    with torch.cuda.device(dy.device):
-        return kernel.launch_norm(dy, x, mean, rstd, order, offsets.to(dy.device, non_blocking=True))
-
-
 def _fits(values: Tensor, offsets: Tensor) -> bool:
-    fits = values.numel() > 0 and values.dtype != torch.float64 and 1 < offsets.shape[0] <= MAX_SEGMENTS
-    return fits and triton_obstacle(values.device) is None
+    return values.numel() > 0 and values.dtype != torch.float64 and offsets.shape[0] > 1
+
+
+def _fits_triton(values: Tensor, offsets: Tensor) -> bool:
+    return _fits(values, offsets) and offsets.shape[0] <= MAX_SEGMENTS
+
+
+def _cpp(kernel: Callable[..., Any], *args: Any) -> Any:
+    *rest, offsets = args
+    return kernel(*rest, offsets.to(args[0].device, torch.int64, non_blocking=True))
+
+
+def _triton(kernel: ModuleType, values: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
+    out: Tensor = kernel.launch(values, order, offsets.to(values.device, non_blocking=True))
+    return out
+
+
+def _norm_triton(kernel: ModuleType, dy: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *rest, offsets = args
+    gamma, beta = kernel.launch_norm(dy, *rest, offsets.to(dy.device, non_blocking=True))
+    return gamma, beta
+
+
+_SUM = register(
+    "segment_sum(Tensor values, Tensor? order, Tensor offsets) -> Tensor",
+    check=_check_sum,
+    values=segments_at(order=1, offsets=2),
+    fake=lambda values, order, offsets: _empty(values, offsets),
+    reference=reference,
+    native=True,
+    cuda=(
+        Cpp("segment_sum", lambda values, order, offsets: _fits(values, offsets), _cpp),
+        Triton("segment_sum", lambda values, order, offsets: _fits_triton(values, offsets), _triton),
+    ),
+)
+_NORM = register(
+    "norm_segment_sum(Tensor dy, Tensor x, Tensor? mean, Tensor rstd, Tensor? order, Tensor offsets)"
+    " -> (Tensor gamma, Tensor beta)",
+    check=_check_norm,
+    values=segments_at(order=4, offsets=5),
+    fake=lambda dy, *args: (_empty(dy, args[-1]), _empty(dy, args[-1])),
+    reference=norm_reference,
+    native=True,
+    cuda=(
+        Cpp("norm_segment_sum", lambda dy, *args: _fits(dy, args[-1]), _cpp),
+        Triton("segment_sum", lambda dy, *args: _fits_triton(dy, args[-1]), _norm_triton),
+    ),
+)

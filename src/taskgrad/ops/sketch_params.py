@@ -15,13 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _shared
-from ._shared import triton_obstacle
+from . import _check
+from ._register import Triton, register
 
 BLOCK_ELEMENTS = 1 << 18  # 2 MiB of fp64: stays in the cache between conversion and product
-
-
-torch.library.define("taskgrad::sketch_params", "(Tensor theta, Tensor? left, Tensor? right) -> Tensor")
 
 
 def sketch_params(theta: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
@@ -39,21 +36,18 @@ def sketch_params(theta: Tensor, left: Tensor | None, right: Tensor | None) -> T
         TypeError: another dtype, or a device of another kind.
         ValueError: shapes that do not fit.
     """
-    _check(theta, left, right)
-    _shared.check_real("theta", theta)
-    left, right = (None if side is None else side.detach() for side in (left, right))
-    out: Tensor = torch.ops.taskgrad.sketch_params(theta.detach(), left, right)
+    out: Tensor = _OP(theta, left, right)
     return out
 
 
-def _check(theta: Tensor, left: Tensor | None, right: Tensor | None) -> None:
-    _shared.check_operand("theta", theta)
-    _shared.check_map("left", left, "theta", theta)
-    _shared.check_map("right", right, "theta", theta)
+def _check_matrix(theta: Tensor, left: Tensor | None, right: Tensor | None) -> None:
+    _check.check_operand("theta", theta)
+    _check.check_map("left", left, "theta", theta)
+    _check.check_map("right", right, "theta", theta)
     if theta.dim() != 2:
         raise ValueError(f"theta must have shape [d0, d1], got {list(theta.shape)}: flatten(1) it first")
-    _shared.check_map_shape("left", left, theta.shape[0])
-    _shared.check_map_shape("right", right, theta.shape[1])
+    _check.check_map_shape("left", left, theta.shape[0])
+    _check.check_map_shape("right", right, theta.shape[1])
 
 
 def reference(theta: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
@@ -65,36 +59,25 @@ def reference(theta: Tensor, left: Tensor | None, right: Tensor | None) -> Tenso
         size = max(1, BLOCK_ELEMENTS // max(1, theta.shape[1]))
         for rows, signs in zip(theta.split(size), left.split(size), strict=True):
             half.addmm_(signs.double().mT, rows.double())
-    return half if right is None else half @ right.double()
+    if right is not None:
+        return half @ right.double()
+    return half.clone() if half is theta else half  # an op must not return its input
 
 
-@torch.library.register_fake("taskgrad::sketch_params")  # type: ignore[untyped-decorator]
 def _fake(theta: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    _check(theta, left, right)
     r0 = theta.shape[0] if left is None else left.shape[1]
     r1 = theta.shape[1] if right is None else right.shape[1]
     return theta.new_empty(r0, r1, dtype=torch.float64)
 
 
-@torch.library.impl("taskgrad::sketch_params", "CompositeExplicitAutograd")
-def _without_kernel(theta: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    _check(theta, left, right)
-    return _fresh_reference(theta, left, right)
+def _fits(theta: Tensor, left: Tensor | None, right: Tensor | None) -> bool:
+    return left is not None and right is not None and theta.numel() > 0 and theta.dtype != torch.float64
 
 
-def _fresh_reference(theta: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    out = reference(theta, left, right)
-    return out.clone() if out is theta else out  # an op must not return its input
-
-
-@torch.library.impl("taskgrad::sketch_params", "CUDA")
-def _cuda(theta: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    _check(theta, left, right)
-    fits = left is not None and right is not None and theta.numel() > 0 and theta.dtype != torch.float64
-    if not fits or triton_obstacle(theta.device) is not None:
-        return _fresh_reference(theta, left, right)
-    assert left is not None and right is not None
-    from .triton import sketch_params as kernel
-
-    with torch.cuda.device(theta.device):
-        return kernel.launch(theta, left, right)
+_OP = register(
+    "sketch_params(Tensor theta, Tensor? left, Tensor? right) -> Tensor",
+    check=_check_matrix,
+    fake=_fake,
+    reference=reference,
+    cuda=(Triton("sketch_params", _fits, lambda kernel, theta, left, right: kernel.launch(theta, left, right)),),
+)

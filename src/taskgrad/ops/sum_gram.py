@@ -8,11 +8,11 @@ With one row per task, holding that task's part of a weight gradient, ``sum`` is
 so the Gram is accumulated in fp64 (on a GPU: fp32 within a tile). The kernels add their partial sums in an
 order given by the shape: same input, same bits, for any number of threads.
 
-On a GPU the Triton kernel runs (``launch``), for float64 and for more than ``MAX_ROWS`` rows the reference. The CUDA
-C++ kernel is ``torch.ops.taskgrad.sum_gram_cuda``, there where it was built ahead of time, for at most 32 rows; nothing
-but benchmarks and tests calls it until measurements say which of the two is faster.
+On a GPU the kernel in CUDA C++ runs where it was built, for up to 32 rows: two launches, where the one in Triton and
+what it leaves to torch are six, and most blocks are small. Else the one in Triton up to 64 rows; else, and for float64,
+plain torch.
 
-The same stem is in ``csrc/ops`` (CPU), ``csrc/cuda`` (CUDA C++), ``tests/ops`` and ``benchmarks``.
+The same stem is in ``csrc/ops`` (CPU), ``csrc/cuda`` (CUDA C++), ``triton``, ``tests/ops`` and ``benchmarks``.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _native, _shared
-from ._shared import triton_obstacle
+from . import _check
+from ._register import Cpp, Triton, register
 
+CPP_ROWS = 32  # at most, as kMaxRows in csrc/cuda/sum_gram.cuh: they lie in shared memory
 MAX_ROWS = 64  # of the Triton kernel: the fp64 Gram of a program lives in registers
-
-
-torch.library.define("taskgrad::sum_gram", "(Tensor block) -> (Tensor sum, Tensor gram)")
 
 
 def sum_gram(block: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,14 +42,12 @@ def sum_gram(block: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: ``block`` is of another dtype, or on a device of another kind.
         ValueError: ``block`` is not 2-dimensional.
     """
-    _check(block)
-    _shared.check_real("block", block)
-    total, gram = torch.ops.taskgrad.sum_gram(block.detach())
+    total, gram = _OP(block)
     return total, gram
 
 
-def _check(block: Tensor) -> None:
-    _shared.check_operand("block", block)
+def _check_block(block: Tensor) -> None:
+    _check.check_operand("block", block)
     if block.dim() != 2:
         raise ValueError(f"block must have shape [T, M], one row per task, got {list(block.shape)}: reshape it first")
 
@@ -66,30 +62,23 @@ def reference(block: Tensor) -> tuple[Tensor, Tensor]:
     return total.to(block.dtype), (gram + gram.mT) / 2
 
 
-@torch.library.register_fake("taskgrad::sum_gram")  # type: ignore[untyped-decorator]
 def _fake(block: Tensor) -> tuple[Tensor, Tensor]:
-    _check(block)
     T, M = block.shape
     return block.new_empty(M), block.new_empty(T, T, dtype=torch.float64)
 
 
-@torch.library.impl("taskgrad::sum_gram", "CompositeExplicitAutograd")
-def _without_kernel(block: Tensor) -> tuple[Tensor, Tensor]:
-    """What the dispatcher finds where no kernel is registered: on a CPU, until the native library is in."""
-    _check(block)
-    if _native.ready():
-        total, gram = torch.ops.taskgrad.sum_gram(block)
-        return total, gram
-    return reference(block)
+def _fits(block: Tensor, rows: int) -> bool:
+    return block.numel() > 0 and block.shape[0] <= rows and block.dtype != torch.float64
 
 
-@torch.library.impl("taskgrad::sum_gram", "CUDA")
-def _cuda(block: Tensor) -> tuple[Tensor, Tensor]:
-    _check(block)
-    fits = block.numel() > 0 and block.shape[0] <= MAX_ROWS and block.dtype != torch.float64
-    if not fits or triton_obstacle(block.device) is not None:
-        return reference(block)
-    from .triton import sum_gram as kernel
-
-    with torch.cuda.device(block.device):
-        return kernel.launch(block)
+_OP = register(
+    "sum_gram(Tensor block) -> (Tensor sum, Tensor gram)",
+    check=_check_block,
+    fake=_fake,
+    reference=reference,
+    native=True,
+    cuda=(
+        Cpp("sum_gram", lambda block: _fits(block, CPP_ROWS), lambda kernel, block: kernel(block)),
+        Triton("sum_gram", lambda block: _fits(block, MAX_ROWS), lambda kernel, block: kernel.launch(block)),
+    ),
+)

@@ -9,17 +9,15 @@ R) they are formed instead, and dW is their sum: splitting the product by task c
 from __future__ import annotations
 
 from itertools import pairwise
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import _shared
-from ._shared import stat_dtype, triton_obstacle
-
-torch.library.define(
-    "taskgrad::wgrad_sketch",
-    "(Tensor dy, Tensor x, Tensor? order, Tensor offsets, Tensor? left, Tensor? right) -> (Tensor dw, Tensor stats)",
-)
+from . import _check
+from ._register import Triton, register
+from .segment_sum import stat_dtype
+from .segments import segments_at, within
 
 
 def wgrad_sketch(
@@ -46,30 +44,8 @@ def wgrad_sketch(
         TypeError: a dtype or a device that is not supported.
         ValueError: a shape that is not, or the values of order or offsets on a CPU.
     """
-    check_entries(dy, x, order, offsets, left, right)
-    _shared.check_real("dy", dy)
-    maps = (None if side is None else side.detach() for side in (left, right))
-    dw, stats = torch.ops.taskgrad.wgrad_sketch(dy.detach(), x.detach(), order, offsets, *maps)
-    wrong = _shared.fault_on_gpu(order, offsets, dy.shape[0])
-    return _shared.spoiled(dw, wrong), _shared.spoiled(stats, wrong)
-
-
-def check_entries(
-    dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
-) -> None:
-    """Raise unless everything is as ``wgrad_sketch`` says, but for the values of ``order`` and ``offsets``."""
-    _shared.check_operand("dy", dy)
-    _shared.check_like("x", x, "dy", dy)
-    _shared.check_segments(order, offsets, "dy", dy)
-    _shared.check_map("left", left, "dy", dy)
-    _shared.check_map("right", right, "dy", dy)
-    if dy.dim() != 3 or x.dim() != 3 or x.shape[:2] != dy.shape[:2]:
-        raise ValueError(
-            f"dy and x must have shapes [E, M, d_out] and [E, M, d_in], got {list(dy.shape)} and {list(x.shape)}"
-        )
-    _shared.check_segment_shapes(order, offsets, dy.shape[0])
-    _shared.check_map_shape("left", left, dy.shape[2])
-    _shared.check_map_shape("right", right, x.shape[2])
+    dw, stats = _OP(dy, x, order, offsets, left, right)
+    return dw, stats
 
 
 def reference(
@@ -81,7 +57,7 @@ def reference(
     u = u if left is None else u @ left.to(u.dtype)
     v = v if right is None else v @ right.to(v.dtype)
     if order is not None:
-        order = _shared.within(order, dy.shape[0])
+        order = within(order, dy.shape[0])
         u, v = (rows.unflatten(0, dy.shape[:2]).index_select(0, order).flatten(0, 1) for rows in (u, v))
     return dw, masked_products(u, v, offsets.long() * dy.shape[1])
 
@@ -96,24 +72,19 @@ def masked_products(u: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
-@torch.library.register_fake("taskgrad::wgrad_sketch")  # type: ignore[untyped-decorator]
 def _fake(
     dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    check_entries(dy, x, order, offsets, left, right)
     r0 = dy.shape[-1] if left is None else left.shape[1]
     r1 = x.shape[-1] if right is None else right.shape[1]
     stats = dy.new_empty(offsets.shape[0] - 1, r0, r1, dtype=stat_dtype(dy))
     return dy.new_empty(dy.shape[-1], x.shape[-1]), stats
 
 
-@torch.library.impl("taskgrad::wgrad_sketch", "CPU")
-def _cpu(
+def _on_cpu(
     dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    check_entries(dy, x, order, offsets, left, right)
-    _shared.check_values(order, offsets, dy.shape[0])
-    if splitting_is_cheaper(dy, x, offsets, left, right):
+    if splits(dy, x, offsets, left, right):
         dtype = stat_dtype(dy)
         grads = segment_products(dy.to(dtype), x.to(dtype), order, offsets)
         stats = grads if left is None else left.to(dtype).mT @ grads
@@ -135,18 +106,30 @@ def sketch_of_rows(
         return segment_products(u.to(stat_dtype(u)), v.to(stat_dtype(v)), order, offsets)
     offsets = offsets.to(dy.device, non_blocking=True)
     u, v = _sketched(dy.flatten(0, 1), left), _sketched(x.flatten(0, 1), right)
-    empty = u.numel() * v.numel() == 0 or offsets.shape[0] == 1
-    if empty or u.dtype == torch.float64 or triton_obstacle(dy.device) is not None:
-        u, v = (rows.to(stat_dtype(rows)).unflatten(0, dy.shape[:2]) for rows in (u, v))
-        if order is not None:
-            order = _shared.within(order, dy.shape[0])
-            u, v = u.index_select(0, order), v.index_select(0, order)
-        return masked_products(u.flatten(0, 1), v.flatten(0, 1), offsets.long() * dy.shape[1])
-    from .triton import wgrad_sketch as kernel
+    if _PRODUCTS.takes(u, v, dy.shape[1], order, offsets):
+        with torch.cuda.device(dy.device):
+            out: Tensor = _PRODUCTS(u, v, dy.shape[1], order, offsets)
+        return out
+    u, v = (rows.to(stat_dtype(rows)).unflatten(0, dy.shape[:2]) for rows in (u, v))
+    if order is not None:
+        order = within(order, dy.shape[0])
+        u, v = u.index_select(0, order), v.index_select(0, order)
+    return masked_products(u.flatten(0, 1), v.flatten(0, 1), offsets.long() * dy.shape[1])
 
-    with torch.cuda.device(dy.device):
-        processors = torch.cuda.get_device_properties(dy.device).multi_processor_count
-        return kernel.launch(u, v, dy.shape[1], order, offsets, processors)
+
+def _fits(u: Tensor, v: Tensor, rows_per_entry: int, order: Tensor | None, offsets: Tensor) -> bool:
+    return u.numel() > 0 and v.numel() > 0 and offsets.shape[0] > 1 and u.dtype != torch.float64
+
+
+def _launch(
+    kernel: ModuleType, u: Tensor, v: Tensor, rows_per_entry: int, order: Tensor | None, offsets: Tensor
+) -> Tensor:
+    processors = torch.cuda.get_device_properties(u.device).multi_processor_count
+    out: Tensor = kernel.launch(u, v, rows_per_entry, order, offsets, processors)
+    return out
+
+
+_PRODUCTS = Triton("wgrad_sketch", _fits, _launch)
 
 
 def _sketched(rows: Tensor, side: Tensor | None) -> Tensor:
@@ -158,13 +141,16 @@ def _sketched(rows: Tensor, side: Tensor | None) -> Tensor:
     return torch.mm(rows, side.to(rows.dtype), out_dtype=torch.float32)
 
 
-def splitting_is_cheaper(dy: Tensor, x: Tensor, offsets: Tensor, left: Tensor | None, right: Tensor | None) -> bool:
-    """Whether to form the G_t and sketch them rather than to sketch dY and X: multiplications beyond those of dW.
+def splits(dy: Tensor, x: Tensor, offsets: Tensor, left: Tensor | None, right: Tensor | None) -> bool:
+    """Whether the G_t are formed and sketched, rather than dY and X sketched: multiplications beyond those of dW.
 
-    Where it is, the G_t together are smaller than the activations. Without sketch there is nothing else to do.
+    On a CPU, where they are fewer, the G_t together are smaller than the activations. A GPU's way is always to sketch
+    dY and X. Without sketch there is nothing else to do.
     """
     if left is None and right is None:
         return True
+    if not dy.is_cpu:
+        return False
     r0 = dy.shape[-1] if left is None else left.shape[1]
     r1 = x.shape[-1] if right is None else right.shape[1]
     rows = dy.shape[0] * dy.shape[1]
@@ -190,13 +176,21 @@ def segment_products(u: Tensor, v: Tensor, order: Tensor | None, offsets: Tensor
     return out
 
 
-@torch.library.impl("taskgrad::wgrad_sketch", "CUDA")
-def _cuda(
+def _on_gpu(
     dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    check_entries(dy, x, order, offsets, left, right)
-    _shared.check_values(None, offsets, dy.shape[0])
     stats = sketch_of_rows(dy, x, order, offsets, left, right)
-    if left is None and right is None:  # the product is there already, split by segment
+    if splits(dy, x, offsets, left, right):  # the product is there already
         return stats.sum(0).to(dy.dtype), stats
     return dy.flatten(0, 1).mT @ x.flatten(0, 1), stats
+
+
+_OP = register(
+    "wgrad_sketch(Tensor dy, Tensor x, Tensor? order, Tensor offsets, Tensor? left, Tensor? right)"
+    " -> (Tensor dw, Tensor stats)",
+    check=_check.check_entries,
+    values=segments_at(order=2, offsets=3),
+    fake=_fake,
+    reference=_on_gpu,
+    cpu=_on_cpu,
+)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _shared
-from ._shared import stat_dtype
-from .cost_model import GRAM, cheapest, costs
-from .wgrad_sketch import check_entries, sketch_of_rows
+from . import _check
+from ._register import register
+from .cost_model import cheapest, costs
+from .segment_sum import stat_dtype
+from .segments import segments_at, within
+from .wgrad_sketch import sketch_of_rows
 
 
 def wgrad_stats(
@@ -38,30 +40,33 @@ def wgrad_stats(
     Raises:
         TypeError, ValueError: as ``wgrad_sketch``, or another ``strategy``.
     """
-    _check(dy, x, order, offsets, left, right, strategy)
-    _shared.check_real("dy", dy)
-    maps = (None if side is None else side.detach() for side in (left, right))
-    dw, stats, gram = torch.ops.taskgrad.wgrad_stats(dy.detach(), x.detach(), order, offsets, *maps, strategy)
-    wrong = _shared.fault_on_gpu(order, offsets, dy.shape[0])
-    return _shared.spoiled(dw, wrong), _shared.spoiled(stats, wrong), _shared.spoiled(gram, wrong)
+    dw, stats, gram = _OP(dy, x, order, offsets, left, right, strategy)
+    return dw, stats, gram
 
 
-def _check(
+def _check_arguments(
     dy: Tensor,
     x: Tensor,
     order: Tensor | None,
     offsets: Tensor,
     left: Tensor | None,
     right: Tensor | None,
-    strategy: str | None,
+    strategy: str | None = None,
 ) -> None:
-    check_entries(dy, x, order, offsets, left, right)
+    _check.check_entries(dy, x, order, offsets, left, right)
     if strategy not in (None, "fused", "ghost", "materialise"):
         raise ValueError(f'strategy must be "fused", "ghost", "materialise" or None, got {strategy!r}')
 
 
-@torch.library.custom_op("taskgrad::wgrad_stats", mutates_args=())
-def _op(
+def gram_strategy(dy: Tensor, x: Tensor, offsets: Tensor, left: Tensor | None, right: Tensor | None) -> str:
+    """How the Gram is taken where nobody says how; by shapes, dtype and device alone."""
+    if left is None and right is None:
+        return "materialise"
+    rows = dy.shape[0] * dy.shape[1]
+    return cheapest(costs(rows, x.shape[2], dy.shape[2], offsets.shape[0] - 1, dy.dtype, dy.device)[1])
+
+
+def _stats(
     dy: Tensor,
     x: Tensor,
     order: Tensor | None,
@@ -70,30 +75,26 @@ def _op(
     right: Tensor | None,
     strategy: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(dy, x, order, offsets, left, right, strategy)
-    _shared.check_values(order, offsets, dy.shape[0])
     ops = torch.ops.taskgrad
-    if strategy == "materialise" or (strategy is None and left is None and right is None):
+    if strategy is None:
+        strategy = gram_strategy(dy, x, offsets, left, right)
+    if strategy == "materialise":
         dw, parts = ops.wgrad_sketch(dy, x, order, offsets, None, None)
         gram = ops.sum_gram(parts.flatten(1))[1]
         parts = parts if left is None else left.to(parts.dtype).mT @ parts
         return dw, parts if right is None else parts @ right.to(parts.dtype), gram
     stats = sketch_of_rows(dy, x, order, offsets, left, right)
     if order is not None:
-        order = _shared.within(order, dy.shape[0])
+        order = within(order, dy.shape[0])
         dy, x = dy.index_select(0, order), x.index_select(0, order)
     rows = offsets.long() * dy.shape[1]
     dy, x = dy.flatten(0, 1), x.flatten(0, 1)
-    if strategy is None:
-        _, found = costs(dy.shape[0], x.shape[1], dy.shape[1], len(offsets) - 1, dy.dtype, dy.device)
-        strategy = cheapest(found, GRAM)
     if strategy == "ghost":
-        return dy.mT @ x, stats, ops.ghost_gram(dy, x, rows, False)
-    dw, gram = ops.wgrad_gram(dy, x, rows, False)
+        return dy.mT @ x, stats, ops.ghost_gram(dy, x, rows)
+    dw, gram = ops.wgrad_gram(dy, x, rows)
     return dw, stats, gram
 
 
-@_op.register_fake
 def _fake(
     dy: Tensor,
     x: Tensor,
@@ -103,7 +104,6 @@ def _fake(
     right: Tensor | None,
     strategy: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(dy, x, order, offsets, left, right, strategy)
     segments = offsets.shape[0] - 1
     r0 = dy.shape[-1] if left is None else left.shape[1]
     r1 = x.shape[-1] if right is None else right.shape[1]
@@ -112,3 +112,13 @@ def _fake(
         dy.new_empty(segments, r0, r1, dtype=stat_dtype(dy)),
         dy.new_empty(segments, segments, dtype=torch.float64),
     )
+
+
+_OP = register(
+    "wgrad_stats(Tensor dy, Tensor x, Tensor? order, Tensor offsets, Tensor? left, Tensor? right, str? strategy=None)"
+    " -> (Tensor dw, Tensor stats, Tensor gram)",
+    check=_check_arguments,
+    values=segments_at(order=2, offsets=3),
+    fake=_fake,
+    reference=_stats,
+)

@@ -77,7 +77,6 @@ def wgrad_gram_kernel(  # type: ignore[no-untyped-def]
     CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # S <= SEG
-    ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -117,8 +116,6 @@ def wgrad_gram_kernel(  # type: ignore[no-untyped-def]
 
         out = dw + m.to(tl.int64)[:, None] * dw_stride + n[None, :]
         keep = (m < d_out)[:, None] & (n < d_in)[None, :]
-        if ACCUMULATE:
-            total += tl.load(out, mask=keep, other=0.0)
         tl.store(out, total.to(dw.dtype.element_ty), mask=keep)
 
         # What is loaded below was stored by other threads of this program. The barrier (bar.sync) orders memory
@@ -156,11 +153,10 @@ def launch(
     tile: Tile,
     programs: int,
     *,
-    accumulate: bool,
     tf32: bool,
     scratch_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Run the Triton kernel on non-empty tensors, not float64: dW goes to (or is added to) ``dw``; returns the Gram."""
+    """Run the Triton kernel on non-empty tensors, not float64: dW goes to ``dw``; returns the Gram."""
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     x = x if x.stride(1) == 1 else x.contiguous()
     segments = offsets.shape[0] - 1
@@ -194,7 +190,6 @@ def launch(
         CHUNK=tile.chunk,
         GROUP=GROUP,
         ONE_BLOCK=blocks == 1,
-        ACCUMULATE=accumulate,
         PRECISION="tf32" if tf32 else "ieee",
         num_warps=tile.warps,
         num_stages=tile.stages,

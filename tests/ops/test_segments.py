@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from taskgrad import ops
-from taskgrad.ops import _shared
+from taskgrad.ops import _register, segments
 
 
 def strided(order: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def test_the_kernel_and_plain_torch_find_the_same_faults():
             if rng.random() < 0.3:
                 numbers[rng.randrange(len(numbers))] = rng.choice((-1, 0, 1, entries, entries + 1, 2**40, -(2**63)))
         as_tensors = None if order is None else torch.tensor(order, dtype=torch.int64), torch.tensor(bounds)
-        wrong = bool(_shared.fault(*as_tensors, entries))
+        wrong = bool(segments.fault(*as_tensors, entries))
         assert torch.ops.taskgrad.segments_hold(*as_tensors, entries) == (not wrong), (order, bounds)
         found.append(wrong)
     assert 500 < sum(found) < 1500
@@ -56,9 +56,9 @@ def test_the_kernel_and_plain_torch_find_the_same_faults():
 
 def test_results_of_malformed_segments_on_a_gpu_are_nan_and_others_untouched():
     out = torch.ones(2, 3)
-    assert _shared.spoiled(out, None) is out
-    assert _shared.spoiled(out, torch.tensor(False)).eq(1).all()
-    assert _shared.spoiled(out, torch.tensor(True)).isnan().all()
+    assert _register.spoiled(out, None) is out
+    assert _register.spoiled(out, torch.tensor(False)).eq(1).all()
+    assert _register.spoiled(out, torch.tensor(True)).isnan().all()
 
 
 OFFSETS = torch.zeros(4, dtype=torch.int64)

@@ -1,34 +1,21 @@
-"""What every op asks of its arguments, and what malformed ones do where nobody may wait for their values.
+"""What every op asks of its arguments: one place for all of it.
 
 The order is always: type, dtype and device -> shape -> contiguity -> empty -> values -> dispatch. A public function
-asks for all but the values, the op for all of it when it runs: ``torch.ops.taskgrad`` is as safe as the functions, and
-what is compiled as safe as what is not. The C++ kernels ask by themselves (``csrc/ops/segments.h``).
-
-On a GPU values are not waited for. Kernels keep every offset and index inside of its tensor, so malformed ones read and
-write nothing else; the public functions put NaN into the whole result then (``fault_on_gpu``, ``spoiled``), which is a
-flag that cannot be overlooked and costs no synchronisation. ``torch.ops.taskgrad`` trusts its caller with that: its
-result is undefined.
+asks for all but the values, the op for all of it when it runs (``_register``): ``torch.ops.taskgrad`` is as safe as the
+functions, and what is compiled as safe as what is not. The C++ kernels ask by themselves (``csrc/ops/segments.h``).
+Values on a GPU are not asked for, as nobody may wait for them: see ``segments``.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import _native
-
 MOST = 1 << 40  # elements of an operand: a broadcast view may claim more than any loop ends on
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-torch.library.define("taskgrad::segments_hold", "(Tensor? order, Tensor offsets, SymInt entries) -> bool")
-
-
-def stat_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of statistics of ``x``: float64 stays, everything else is accumulated in float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+NO_DATA = "{name} must be on a cpu or cuda device, got {device}: move it with .to() first"
 
 
 def check_operand(name: str, x: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
@@ -38,7 +25,7 @@ def check_operand(name: str, x: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) 
     if x.dtype not in dtypes:
         raise TypeError(f"{name} must be {_either(dtypes)}, got {x.dtype}: convert it first")
     if not (x.is_cpu or x.is_cuda or x.is_meta):
-        raise TypeError(f"{name} must be on a cpu or cuda device, got {x.device}: move it with .to() first")
+        raise TypeError(NO_DATA.format(name=name, device=x.device))
     if x.layout is not torch.strided:
         raise TypeError(f"{name} must be dense, got {x.layout}: use .to_dense()")
     if x.numel() > MOST:
@@ -48,12 +35,6 @@ def check_operand(name: str, x: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) 
 def _apart(x: Tensor, operand: Tensor) -> bool:
     """Whether they are on different devices; quick where both are on the CPU, as this is asked for every argument."""
     return not (x.is_cpu and operand.is_cpu) and x.device != operand.device
-
-
-def check_real(name: str, x: Tensor) -> None:
-    """Raise TypeError if ``x`` has a shape and no values: only ``torch.ops.taskgrad`` goes by shapes alone."""
-    if x.is_meta:
-        raise TypeError(f"{name} must be on a cpu or cuda device, got {x.device}: move it with .to() first")
 
 
 def check_like(name: str, x: Tensor, of: str, operand: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -110,6 +91,37 @@ def check_values(order: Tensor | None, offsets: Tensor, entries: int) -> None:
         raise ValueError(_what_is_wrong(order, offsets, entries))
 
 
+def check_rows(dy: Tensor, x: Tensor, offsets: Tensor) -> None:
+    """Raise unless ``dy`` [N, d_out], ``x`` [N, d_in] and ``offsets`` [S + 1] are rows of segments, but for values."""
+    check_operand("dy", dy)
+    check_like("x", x, "dy", dy)
+    check_segments(None, offsets, "dy", dy)
+    if dy.dim() != 2 or x.dim() != 2 or x.shape[0] != dy.shape[0]:
+        raise ValueError(
+            f"dy and x must have shapes [N, d_out] and [N, d_in], got {list(dy.shape)} and {list(x.shape)}: "
+            "flatten their leading dimensions first"
+        )
+    check_segment_shapes(None, offsets, dy.shape[0])
+
+
+def check_entries(
+    dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
+) -> None:
+    """Raise unless ``dy`` [E, M, d_out], ``x`` [E, M, d_in] and the rest are as ``wgrad_sketch`` says, but values."""
+    check_operand("dy", dy)
+    check_like("x", x, "dy", dy)
+    check_segments(order, offsets, "dy", dy)
+    check_map("left", left, "dy", dy)
+    check_map("right", right, "dy", dy)
+    if dy.dim() != 3 or x.dim() != 3 or x.shape[:2] != dy.shape[:2]:
+        raise ValueError(
+            f"dy and x must have shapes [E, M, d_out] and [E, M, d_in], got {list(dy.shape)} and {list(x.shape)}"
+        )
+    check_segment_shapes(order, offsets, dy.shape[0])
+    check_map_shape("left", left, dy.shape[2])
+    check_map_shape("right", right, x.shape[2])
+
+
 def check_index(name: str, index: Tensor, size: int) -> None:
     """Raise ValueError unless every value of an index on the CPU is in [0, size)."""
     if not index.is_cpu or index.numel() == 0 or torch.compiler.is_compiling():
@@ -119,71 +131,9 @@ def check_index(name: str, index: Tensor, size: int) -> None:
         raise ValueError(f"{name} must lie in [0, {size}), got values from {int(low)} to {int(high)}")
 
 
-def within(index: Tensor, size: int) -> Tensor:
-    """``index`` as it is on a CPU, where it was checked; on a GPU forced into [0, size): torch would abort the whole
-    CUDA context over a value that is not."""
-    return index if index.is_cpu else index.clamp(0, max(size - 1, 0))
-
-
-def fault(order: Tensor | None, offsets: Tensor, entries: int) -> Tensor:
-    """Scalar bool: whether ``offsets`` or ``order`` are not what ``check_values`` wants. Nothing waits for it."""
-    wrong = (offsets[0] != 0) | (offsets[-1] != entries) | (offsets[1:] < offsets[:-1]).any()
-    if order is None:
-        return wrong
-    inside = torch.where((order >= 0) & (order < entries), order, entries)
-    seen = torch.zeros(entries + 1, dtype=torch.bool, device=order.device).index_fill_(0, inside, True)
-    return wrong.to(order.device, non_blocking=True) | ~seen[:entries].all()
-
-
-def fault_on_gpu(order: Tensor | None, offsets: Tensor, entries: int) -> Tensor | None:
-    """``fault`` where any of it is on a GPU, else ``None``: then it was checked."""
-    if offsets.is_cpu and (order is None or order.is_cpu):
-        return None
-    return fault(order, offsets, entries)
-
-
-def spoiled(out: Tensor, wrong: Tensor | None) -> Tensor:
-    """``out``, with NaN everywhere if ``wrong``."""
-    return out if wrong is None else out.masked_fill_(wrong, float("nan"))
-
-
-@functools.cache
-def triton_is_missing() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:  # no wheel for this platform: the reference runs on its GPUs
-        return True
-    return False
-
-
-def triton_obstacle(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on this CUDA device; None if they can."""
-    if triton_is_missing():
-        return "triton is not installed"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than sm_80"
-    return None
-
-
-@torch.library.register_fake("taskgrad::segments_hold")  # type: ignore[untyped-decorator]
-def _fake(order: Tensor | None, offsets: Tensor, entries: int) -> bool:
-    return True  # nobody knows yet; the op asks when it runs
-
-
-@torch.library.impl("taskgrad::segments_hold", "CompositeExplicitAutograd")
-def _without_kernel(order: Tensor | None, offsets: Tensor, entries: int) -> bool:
-    """What the dispatcher finds until the native library is in."""
-    check_operand("offsets", offsets, (torch.int64, torch.int32))
-    if order is not None:
-        check_operand("order", order, (torch.int64,))
-    check_segment_shapes(order, offsets, entries)
-    if offsets.is_cpu and (order is None or order.is_cpu) and _native.ready():
-        return torch.ops.taskgrad.segments_hold(order, offsets, entries)  # type: ignore[no-any-return]
-    return not bool(fault(order, offsets, entries))
-
-
 def _what_is_wrong(order: Tensor | None, offsets: Tensor, entries: int) -> str:
-    if bool(fault(None, offsets, entries)):
+    bounds = [0, *offsets.tolist(), entries]
+    if bounds[1] != 0 or bounds[-2] != entries or bounds != sorted(bounds):
         some = offsets[:20].tolist()
         more = f" and {offsets.shape[0] - 20} more" if offsets.shape[0] > 20 else ""
         return f"offsets must rise from 0 to {entries}, the number of entries, got {some}{more}"
