@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import _check
+from . import _check, _native
 from ._register import Triton, register
 from .segment_sum import stat_dtype
 from .segments import segments_at, within
@@ -72,13 +72,18 @@ def masked_products(u: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
+def _fake_rows(
+    dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
+) -> Tensor:
+    r0 = dy.shape[-1] if left is None else left.shape[1]
+    r1 = x.shape[-1] if right is None else right.shape[1]
+    return dy.new_empty(offsets.shape[0] - 1, r0, r1, dtype=stat_dtype(dy))
+
+
 def _fake(
     dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    r0 = dy.shape[-1] if left is None else left.shape[1]
-    r1 = x.shape[-1] if right is None else right.shape[1]
-    stats = dy.new_empty(offsets.shape[0] - 1, r0, r1, dtype=stat_dtype(dy))
-    return dy.new_empty(dy.shape[-1], x.shape[-1]), stats
+    return dy.new_empty(dy.shape[-1], x.shape[-1]), _fake_rows(dy, x, order, offsets, left, right)
 
 
 def _on_cpu(
@@ -98,9 +103,16 @@ def sketch_of_rows(
     dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
 ) -> Tensor:
     """(dY_s L)ᵀ (X_s R) for every segment: ``wgrad_sketch`` without the weight gradient, on either device."""
+    out: Tensor = torch.ops.taskgrad.sketch_of_rows(dy, x, order, offsets, left, right)
+    return out
+
+
+def rows_reference(
+    dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
+) -> Tensor:
+    """``sketch_of_rows`` by torch's products, and on a GPU by the Triton kernel for those of the segments."""
     if dy.shape[2] == 0 or x.shape[2] == 0:  # 0, also where the other holds NaN
-        r0, r1 = (rows.shape[2] if side is None else side.shape[1] for rows, side in ((dy, left), (x, right)))
-        return dy.new_zeros(offsets.shape[0] - 1, r0, r1, dtype=stat_dtype(dy))
+        return _fake_rows(dy, x, order, offsets, left, right).zero_()
     if dy.device.type == "cpu":
         u, v = _sketched(dy, left), _sketched(x, right)
         return segment_products(u.to(stat_dtype(u)), v.to(stat_dtype(v)), order, offsets)
@@ -149,7 +161,7 @@ def splits(dy: Tensor, x: Tensor, offsets: Tensor, left: Tensor | None, right: T
     """
     if left is None and right is None:
         return True
-    if not dy.is_cpu:
+    if not dy.is_cpu or _native.ready():  # the native kernel sketches by additions: nothing is cheaper
         return False
     r0 = dy.shape[-1] if left is None else left.shape[1]
     r1 = x.shape[-1] if right is None else right.shape[1]
@@ -184,6 +196,15 @@ def _on_gpu(
         return stats.sum(0).to(dy.dtype), stats
     return dy.flatten(0, 1).mT @ x.flatten(0, 1), stats
 
+
+register(
+    "sketch_of_rows(Tensor dy, Tensor x, Tensor? order, Tensor offsets, Tensor? left, Tensor? right) -> Tensor",
+    check=_check.check_entries,
+    values=segments_at(order=2, offsets=3),
+    fake=_fake_rows,
+    reference=rows_reference,
+    native=True,
+)
 
 _OP = register(
     "wgrad_sketch(Tensor dy, Tensor x, Tensor? order, Tensor offsets, Tensor? left, Tensor? right)"
