@@ -37,7 +37,7 @@ class Scratch {
 template <typename T>
 class HadamardMap {
  public:
-  // `map` [d, r], floating, of any strides; none if it is no such map.
+  // `map` [d, r], floating, of any strides; none if it is no such map, or where the transform does not pay.
   static std::optional<HadamardMap> of(const torch::stable::Tensor& map);
 
   int64_t d() const { return static_cast<int64_t>(signs_.size()); }

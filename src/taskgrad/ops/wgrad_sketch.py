@@ -19,6 +19,10 @@ from ._register import Triton, register
 from .segment_sum import stat_dtype
 from .segments import segments_at, within
 
+PANEL_BYTES = (
+    8 << 20
+)  # of a CPU's panel, S blocks of rows: it stays in a last-level cache between product and sum or Gram
+
 
 def wgrad_sketch(
     dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
@@ -91,10 +95,10 @@ def _on_cpu(
 ) -> tuple[Tensor, Tensor]:
     if splits(dy, x, offsets, left, right):
         dtype = stat_dtype(dy)
-        grads = segment_products(dy.to(dtype), x.to(dtype), order, offsets)
+        total, grads = split_product(dy.to(dtype), x.to(dtype), order, offsets)
         stats = grads if left is None else left.to(dtype).mT @ grads
         stats = stats if right is None else stats @ right.to(dtype)
-        return grads.sum(0).to(dy.dtype), stats
+        return total.to(dy.dtype), stats
     stats = sketch_of_rows(dy, x, order, offsets, left, right)
     return dy.flatten(0, 1).mT @ x.flatten(0, 1), stats
 
@@ -176,16 +180,34 @@ def splits(dy: Tensor, x: Tensor, offsets: Tensor, left: Tensor | None, right: T
 
 def segment_products(u: Tensor, v: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
     """S_t = U_tᵀ V_t for u [E, M, r0], v [E, M, r1]: [T + 1, r0, r1], zero for empty tasks."""
-    bounds = offsets.tolist()
+    return split_product(u, v, order, offsets)[1]
+
+
+def split_product(u: Tensor, v: Tensor, order: Tensor | None, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Uᵀ V [r0, r1], and its parts as from ``segment_products``; both by panels of rows, summed while in the cache."""
     if order is not None:
         u, v = u.index_select(0, order), v.index_select(0, order)
-    rows = u.shape[1]
+    bounds = [at * u.shape[1] for at in offsets.tolist()]
     u, v = u.flatten(0, 1), v.flatten(0, 1)
-    out = u.new_zeros(len(bounds) - 1, u.shape[-1], v.shape[-1])
-    for t, (start, end) in enumerate(pairwise(bounds)):
-        if end > start:
-            torch.mm(u[start * rows : end * rows].mT, v[start * rows : end * rows], out=out[t])
-    return out
+    parts = u.new_empty(len(bounds) - 1, u.shape[1], v.shape[1])
+    total = u.new_empty(u.shape[1], v.shape[1])
+    height = panel_height(PANEL_BYTES, parts.shape[0], v)
+    for start in range(0, u.shape[1], height):
+        rows = slice(start, start + height)
+        panel = parts[:, rows]
+        for part, (first, last) in zip(panel, pairwise(bounds), strict=True):
+            if last > first:
+                torch.mm(u[first:last, rows].mT, v[first:last], out=part)
+            else:
+                part.zero_()
+        torch.sum(panel, 0, out=total[rows])
+    return total, parts
+
+
+def panel_height(size: int, segments: int, v: Tensor) -> int:
+    """How many rows of the segments' products with v [N, r1] a panel of ``size`` bytes has."""
+    room = size // max(1, segments * v.shape[1] * v.itemsize)
+    return max(64, room - room % 16)  # a product of fewer rows than that leaves MKL idle
 
 
 def _on_gpu(
