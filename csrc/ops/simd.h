@@ -5,11 +5,17 @@
 #include <cstdint>
 #include <cstring>
 
-// One binary for every x86-64: the loader picks the widest of these that the processor has.
+// One binary for every x86-64: the loader picks the widest of these that the processor has. TASKGRAD_BY_WIDTH defines
+// a function whose body is told the width of the vector registers, kBytes; TASKGRAD_CLONES leaves that to the compiler.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define TASKGRAD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define TASKGRAD_BY_WIDTH(head, ...)                                                        \
+  __attribute__((target("arch=x86-64-v4"))) head { constexpr int kBytes = 64; __VA_ARGS__ } \
+  __attribute__((target("arch=x86-64-v3"))) head { constexpr int kBytes = 32; __VA_ARGS__ } \
+  __attribute__((target("default"))) head { constexpr int kBytes = 16; __VA_ARGS__ }
 #else
 #define TASKGRAD_CLONES
+#define TASKGRAD_BY_WIDTH(head, ...) head { constexpr int kBytes = 16; __VA_ARGS__ }
 #endif
 // The loops must be inlined into the clones to be compiled for their instruction sets.
 #define TASKGRAD_INLINE inline __attribute__((always_inline))

@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from .wgrad_gram import PANEL_BYTES
+from .wgrad_sketch import PANEL_BYTES
 
 Strategy = Literal["fused", "ghost"]
 

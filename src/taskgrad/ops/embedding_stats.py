@@ -19,7 +19,7 @@ from . import _check
 from ._register import Triton, Values, register
 from .segment_sum import stat_dtype
 from .segments import fault_on_gpu, segment_of_entries, within
-from .wgrad_sketch import segment_products
+from .wgrad_sketch import sketch_of_rows
 
 
 def embedding_stats(
@@ -158,8 +158,8 @@ def _on_cpu(
     dw = _dense(dy, index, num_embeddings, padding_idx)
     if left is None:
         return dw, stats_reference(dy, index, order, offsets, num_embeddings, padding_idx, left, right)
-    v = _projected(dy, index, padding_idx, right)
-    return dw, segment_products(left.to(v.dtype)[index], v, order, offsets)
+    rows = dy if padding_idx < 0 else dy.masked_fill((index == padding_idx)[..., None], 0)
+    return dw, sketch_of_rows(left.to(dy.dtype)[index], rows, order, offsets, None, right)
 
 
 def reference(

@@ -79,5 +79,6 @@ _OP = register(
     check=_check_matrix,
     fake=_fake,
     reference=reference,
+    native=True,
     cuda=(Triton("sketch_params", _fits, lambda kernel, theta, left, right: kernel.launch(theta, left, right)),),
 )

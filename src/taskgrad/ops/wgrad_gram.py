@@ -24,9 +24,7 @@ from . import _check
 from ._register import Triton, register, tf32_allowed
 from .segment_sum import stat_dtype
 from .segments import segments_at
-from .wgrad_sketch import masked_products
-
-PANEL_BYTES = 8 << 20  # of a CPU's panel, S blocks of rows: it stays in a last-level cache between product and Gram
+from .wgrad_sketch import PANEL_BYTES, masked_products, panel_height
 
 
 def wgrad_gram(dy: Tensor, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,25 +64,28 @@ def reference(dy: Tensor, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def panels(dy: Tensor, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """The CPU's way: by panels of dW's rows."""
+    """The CPU's way: by panels of dW's rows, and of the segments that have rows."""
+    bounds, segments = offsets.tolist(), offsets.shape[0] - 1
     dw = dy.new_empty(dy.shape[1], x.shape[1])
-    bounds = offsets.tolist()
-    segments, width = len(bounds) - 1, x.shape[1]
-    gram = dy.new_zeros(segments, segments, dtype=torch.float64)
+    filled = [s for s, (start, end) in enumerate(pairwise(bounds)) if end > start]
+    if not filled:
+        return dw.zero_(), dy.new_zeros(segments, segments, dtype=torch.float64)
     wide_dy, wide_x = dy.to(stat_dtype(dy)), x.to(stat_dtype(x))
-    room = PANEL_BYTES // max(1, segments * width * wide_x.itemsize)
-    height = max(64, room - room % 16)  # a product of fewer rows than that leaves MKL idle
+    height = panel_height(PANEL_BYTES, len(filled), wide_x)
+    room = wide_x.new_empty(len(filled), min(height, dw.shape[0]), dw.shape[1])
+    products = torch.zeros(len(filled), len(filled), dtype=torch.float64)
     for rows, columns in zip(dw.split(height), wide_dy.split(height, dim=1), strict=True):
-        parts = wide_x.new_empty(segments, rows.shape[0], width)
-        for part, (start, end) in zip(parts, pairwise(bounds), strict=True):
-            if end > start:
-                torch.mm(columns[start:end].mT, wide_x[start:end], out=part)
-            else:
-                part.zero_()
-        total, products = torch.ops.taskgrad.sum_gram(parts.view(segments, rows.numel()))
-        gram += products
+        parts = room.view(-1)[: len(filled) * rows.numel()].view(len(filled), *rows.shape)
+        for part, s in zip(parts, filled, strict=True):
+            torch.mm(columns[bounds[s] : bounds[s + 1]].mT, wide_x[bounds[s] : bounds[s + 1]], out=part)
+        total, of_panel = torch.ops.taskgrad.sum_gram(parts.view(len(filled), rows.numel()))
+        products += of_panel
         rows.copy_(total.view_as(rows))
-    return dw, gram
+    place = torch.tensor(filled)
+    nothing = products.new_zeros(segments).index_copy_(
+        0, place, products.diagonal() * 0
+    )  # 0, or NaN: with an empty one
+    return dw, (nothing[:, None] + nothing).index_put_((place[:, None], place), products)
 
 
 def _fake(dy: Tensor, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import _check
+from . import _check, _native
 from ._register import Triton, register
 from .segment_sum import stat_dtype
 from .segments import segments_at, within
+
+PANEL_BYTES = (
+    8 << 20
+)  # of a CPU's panel, S blocks of rows: it stays in a last-level cache between product and sum or Gram
 
 
 def wgrad_sketch(
@@ -72,13 +76,18 @@ def masked_products(u: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
+def _fake_rows(
+    dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
+) -> Tensor:
+    r0 = dy.shape[-1] if left is None else left.shape[1]
+    r1 = x.shape[-1] if right is None else right.shape[1]
+    return dy.new_empty(offsets.shape[0] - 1, r0, r1, dtype=stat_dtype(dy))
+
+
 def _fake(
     dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    r0 = dy.shape[-1] if left is None else left.shape[1]
-    r1 = x.shape[-1] if right is None else right.shape[1]
-    stats = dy.new_empty(offsets.shape[0] - 1, r0, r1, dtype=stat_dtype(dy))
-    return dy.new_empty(dy.shape[-1], x.shape[-1]), stats
+    return dy.new_empty(dy.shape[-1], x.shape[-1]), _fake_rows(dy, x, order, offsets, left, right)
 
 
 def _on_cpu(
@@ -86,10 +95,10 @@ def _on_cpu(
 ) -> tuple[Tensor, Tensor]:
     if splits(dy, x, offsets, left, right):
         dtype = stat_dtype(dy)
-        grads = segment_products(dy.to(dtype), x.to(dtype), order, offsets)
+        total, grads = split_product(dy.to(dtype), x.to(dtype), order, offsets)
         stats = grads if left is None else left.to(dtype).mT @ grads
         stats = stats if right is None else stats @ right.to(dtype)
-        return grads.sum(0).to(dy.dtype), stats
+        return total.to(dy.dtype), stats
     stats = sketch_of_rows(dy, x, order, offsets, left, right)
     return dy.flatten(0, 1).mT @ x.flatten(0, 1), stats
 
@@ -98,9 +107,16 @@ def sketch_of_rows(
     dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
 ) -> Tensor:
     """(dY_s L)ᵀ (X_s R) for every segment: ``wgrad_sketch`` without the weight gradient, on either device."""
+    out: Tensor = torch.ops.taskgrad.sketch_of_rows(dy, x, order, offsets, left, right)
+    return out
+
+
+def rows_reference(
+    dy: Tensor, x: Tensor, order: Tensor | None, offsets: Tensor, left: Tensor | None, right: Tensor | None
+) -> Tensor:
+    """``sketch_of_rows`` by torch's products, and on a GPU by the Triton kernel for those of the segments."""
     if dy.shape[2] == 0 or x.shape[2] == 0:  # 0, also where the other holds NaN
-        r0, r1 = (rows.shape[2] if side is None else side.shape[1] for rows, side in ((dy, left), (x, right)))
-        return dy.new_zeros(offsets.shape[0] - 1, r0, r1, dtype=stat_dtype(dy))
+        return _fake_rows(dy, x, order, offsets, left, right).zero_()
     if dy.device.type == "cpu":
         u, v = _sketched(dy, left), _sketched(x, right)
         return segment_products(u.to(stat_dtype(u)), v.to(stat_dtype(v)), order, offsets)
@@ -149,7 +165,7 @@ def splits(dy: Tensor, x: Tensor, offsets: Tensor, left: Tensor | None, right: T
     """
     if left is None and right is None:
         return True
-    if not dy.is_cpu:
+    if not dy.is_cpu or _native.ready():  # the native kernel sketches by additions: nothing is cheaper
         return False
     r0 = dy.shape[-1] if left is None else left.shape[1]
     r1 = x.shape[-1] if right is None else right.shape[1]
@@ -164,16 +180,34 @@ def splits(dy: Tensor, x: Tensor, offsets: Tensor, left: Tensor | None, right: T
 
 def segment_products(u: Tensor, v: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor:
     """S_t = U_tᵀ V_t for u [E, M, r0], v [E, M, r1]: [T + 1, r0, r1], zero for empty tasks."""
-    bounds = offsets.tolist()
+    return split_product(u, v, order, offsets)[1]
+
+
+def split_product(u: Tensor, v: Tensor, order: Tensor | None, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Uᵀ V [r0, r1], and its parts as from ``segment_products``; both by panels of rows, summed while in the cache."""
     if order is not None:
         u, v = u.index_select(0, order), v.index_select(0, order)
-    rows = u.shape[1]
+    bounds = [at * u.shape[1] for at in offsets.tolist()]
     u, v = u.flatten(0, 1), v.flatten(0, 1)
-    out = u.new_zeros(len(bounds) - 1, u.shape[-1], v.shape[-1])
-    for t, (start, end) in enumerate(pairwise(bounds)):
-        if end > start:
-            torch.mm(u[start * rows : end * rows].mT, v[start * rows : end * rows], out=out[t])
-    return out
+    parts = u.new_empty(len(bounds) - 1, u.shape[1], v.shape[1])
+    total = u.new_empty(u.shape[1], v.shape[1])
+    height = panel_height(PANEL_BYTES, parts.shape[0], v)
+    for start in range(0, u.shape[1], height):
+        rows = slice(start, start + height)
+        panel = parts[:, rows]
+        for part, (first, last) in zip(panel, pairwise(bounds), strict=True):
+            if last > first:
+                torch.mm(u[first:last, rows].mT, v[first:last], out=part)
+            else:
+                part.zero_()
+        torch.sum(panel, 0, out=total[rows])
+    return total, parts
+
+
+def panel_height(size: int, segments: int, v: Tensor) -> int:
+    """How many rows of the segments' products with v [N, r1] a panel of ``size`` bytes has."""
+    room = size // max(1, segments * v.shape[1] * v.itemsize)
+    return max(64, room - room % 16)  # a product of fewer rows than that leaves MKL idle
 
 
 def _on_gpu(
@@ -184,6 +218,15 @@ def _on_gpu(
         return stats.sum(0).to(dy.dtype), stats
     return dy.flatten(0, 1).mT @ x.flatten(0, 1), stats
 
+
+register(
+    "sketch_of_rows(Tensor dy, Tensor x, Tensor? order, Tensor offsets, Tensor? left, Tensor? right) -> Tensor",
+    check=_check.check_entries,
+    values=segments_at(order=2, offsets=3),
+    fake=_fake_rows,
+    reference=rows_reference,
+    native=True,
+)
 
 _OP = register(
     "wgrad_sketch(Tensor dy, Tensor x, Tensor? order, Tensor offsets, Tensor? left, Tensor? right)"
