@@ -80,9 +80,7 @@ def _check_write(
         _check.check_operand(name, x, (torch.bool,))
     if not isinstance(decay, (int, float)):
         raise TypeError(f"decay must be a number, got {type(decay).__name__}")
-    check_memory(
-        ema, before, after, gradient, to_mean, correction, theta_before=theta_before, theta_after=theta_after
-    )
+    check_memory(ema, before, after, gradient, to_mean, correction, theta_before=theta_before, theta_after=theta_after)
     _check.check_like("seen", seen, "ema", ema, torch.bool)
     check_shape("seen", seen, [ema.shape[0]])
     if left_out is not None:
