@@ -61,6 +61,36 @@ def segment_sum() -> list[Case]:
     return cases
 
 
+def memory_read() -> list[Case]:
+    module = op("memory_read")
+    strides = tuple(f"{name}_stride" for name in ("ema", "before", "after", "gradient"))
+    doubles = ("before", "after", "theta", "to_mean", "correction", "partials")
+    types = {"ema": "*fp32", "gradient": "*fp32"} | dict.fromkeys(doubles, "*fp64") | dict.fromkeys(strides, "i64")
+    constants = {"BLOCK_T": module.BLOCK, "BLOCK_S": module.BLOCK, "COLUMNS": module.TILE}
+    cases = []
+    for one in (True, False):
+        name = "one correction" if one else "each its own"
+        cases.append(Case(module.memory_read_kernel, name, types, constants | {"ONE": one}, strides))
+    block, results = module.ADDED
+    types = dict.fromkeys(("partials", "dots", "sums"), "*fp64")
+    cases.append(Case(module.memory_added_kernel, "fp64", types, {"BLOCK_P": block, "RESULTS": results}))
+    return cases
+
+
+def memory_write() -> list[Case]:
+    module = op("memory_write")
+    strides = tuple(f"{name}_stride" for name in ("ema", "before", "after", "gradient"))
+    doubles = ("before", "after", "to_mean", "theta_before", "theta_after", "correction", "partials")
+    types = {"ema": "*fp32", "gradient": "*fp32", "seen": "*u8"} | dict.fromkeys(doubles, "*fp64")
+    types |= dict.fromkeys(strides, "i64") | dict.fromkeys(("old_part", "new_part"), "fp32")
+    constants = {"BLOCK_T": module.BLOCK, "COLUMNS": module.TILE}
+    kernel = module.memory_write_kernel
+    return [
+        Case(kernel, "one correction", types, constants | {"ONE": True, "left_out": None}, strides),
+        Case(kernel, "each its own", types | {"left_out": "*u8"}, constants | {"ONE": False}, strides),
+    ]
+
+
 def memory_dot() -> list[Case]:
     module = op("memory_dot")
     types = {"memory": "*fp32", "stats": "*fp32", "partials": "*fp64", "memory_stride": "i64", "stats_stride": "i64"}
@@ -195,6 +225,8 @@ def wgrad_sketch() -> list[Case]:
 STEMS: tuple[Callable[[], list[Case]], ...] = (
     embedding_stats,
     memory_dot,
+    memory_read,
+    memory_write,
     segment_sum,
     sketch_params,
     sum_gram,
