@@ -128,7 +128,8 @@ class ByParameter:
 
 
 class _Parameters:
-    """The Grams of one step's parameters.
+    """The Grams of one step's parameters: of those whose parts are in the gradient as they are, from there together; of
+    every other by itself.
 
     Attributes:
         counted: the parameters whose ``uses`` are counted.
@@ -136,18 +137,27 @@ class _Parameters:
 
     def __init__(self, gauges: Gauges, taps: Mapping[str, Tensor]) -> None:
         size = gauges.num_tasks + 1
-        none = torch.zeros(size, size, dtype=torch.float64, device=gauges.device)
-        found = [(p, taps.get(p.name)) for p in gauges.gauges.values()]
-        self._grams = torch.stack([none if tap is None else p.layout.gram(tap).double() for p, tap in found])
-        counted = [(p, p.layout.uses(tap)) for p, tap in found if tap is not None and p.layout.counts_uses]
+        sketched = [(i, p) for i, p in enumerate(gauges.gauges.values()) if not p.sketch.exact]
+        self._exact = gauges.mask(p.sketch.exact for p in gauges.gauges.values())
+        self._spread = gauges.spread
+        places = torch.tensor([i for i, p in sketched if p.name in taps], dtype=torch.int64, device="cpu")
+        self._places = places.to(gauges.device, non_blocking=True)
+        found = [(p, taps[p.name]) for _, p in sketched if p.name in taps]
+        none = torch.zeros(0, size, size, dtype=torch.float64, device=gauges.device)
+        self._grams = torch.stack([p.layout.gram(tap) for p, tap in found]).double() if found else none
+        counted = [(p, p.layout.uses(tap)) for p, tap in found if p.layout.counts_uses]
         self.counted = [p for p, _ in counted]
         self.uses = torch.stack([n for _, n in counted]) if counted else None
-        added_up = [n > 1 for p, n in counted if p.layout.keeps == "gram"]
-        self._wrong = torch.stack(added_up).any() if added_up else None
+        single = [p.layout.keeps == "gram" for p, _ in counted]
+        self._single = torch.tensor(single, device="cpu").to(gauges.device, non_blocking=True) if any(single) else None
 
     def value(self, gradient: Tensor, gone: Tensor, scale: Tensor | None) -> Tensor:
-        total = torch.where(gone[:, None, None], 0.0, self._grams).sum(0)
+        kept = ~gone.index_select(0, self._places)
+        total = torch.where(kept[:, None, None], self._grams, 0.0).sum(0)
         total = (total + total.mT) / 2  # the tap may have rounded to float32
         if scale is not None:
             total = total / scale.double() ** 2
-        return total if self._wrong is None else total.masked_fill(self._wrong, torch.nan)
+        total = total + sum_gram(gradient * self._spread(self._exact))[1]
+        if self._single is None or self.uses is None:
+            return total
+        return total.masked_fill(((self.uses > 1) & self._single).any(), torch.nan)
