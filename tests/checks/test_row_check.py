@@ -1034,7 +1034,7 @@ def test_an_optimizer_step_inside_the_batch_is_already_without_the_layer(output:
         if not output:
             optimizer.step()
     assert set(failing(tracker)) == {"inner"} and tracker.report().valid
-    inner = tracker._gauges.probes["inner.weight"].columns
+    inner = tracker._gauges.gauges["inner.weight"].columns
     assert tracker._steps.gradient is not None and not tracker._steps.gradient[:, inner].any()
 
 

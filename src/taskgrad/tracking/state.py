@@ -124,7 +124,8 @@ def state_of(tracker: TaskGradTracker) -> dict[str, Any]:
 
 
 def _saved(value: Tensor | npt.NDArray[np.float64]) -> Tensor:
-    return torch.as_tensor(value).detach().to("cpu", copy=True)
+    found = torch.from_numpy(value) if isinstance(value, np.ndarray) else value.detach()
+    return found.to("cpu", copy=True)
 
 
 @dataclass
