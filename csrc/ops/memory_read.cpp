@@ -20,29 +20,7 @@ namespace {
 
 using namespace taskgrad;
 
-constexpr int64_t kTileRows = 4;
-constexpr int64_t kTileCols = 2;
 constexpr int64_t kSums = 5;
-
-// dots[r, c] += <a[r], b[c]> over n columns, for whole tiles: rows and cols are multiples of the tile.
-TASKGRAD_CLONES void add_dots(const double* const* a, int64_t rows, const double* const* b, int64_t cols, int64_t n,
-                              double* dots) {
-  static_assert(kTileRows == 4 && kTileCols == 2, "the accumulators below are written out");
-  for (int64_t r = 0; r < rows; r += kTileRows)
-    for (int64_t c = 0; c < cols; c += kTileCols) {
-      const double *s0 = a[r], *s1 = a[r + 1], *s2 = a[r + 2], *s3 = a[r + 3], *t0 = b[c], *t1 = b[c + 1];
-      double a00 = 0, a10 = 0, a20 = 0, a30 = 0, a01 = 0, a11 = 0, a21 = 0, a31 = 0;
-#pragma omp simd reduction(+ : a00, a10, a20, a30, a01, a11, a21, a31)
-      for (int64_t i = 0; i < n; ++i) {
-        const double x0 = s0[i], x1 = s1[i], x2 = s2[i], x3 = s3[i], y0 = t0[i], y1 = t1[i];
-        a00 += x0 * y0, a10 += x1 * y0, a20 += x2 * y0, a30 += x3 * y0;
-        a01 += x0 * y1, a11 += x1 * y1, a21 += x2 * y1, a31 += x3 * y1;
-      }
-      double* out = dots + r * cols + c;
-      out[0] += a00, out[1] += a01, out[cols] += a10, out[cols + 1] += a11;
-      out[2 * cols] += a20, out[2 * cols + 1] += a21, out[3 * cols] += a30, out[3 * cols + 1] += a31;
-    }
-}
 
 TASKGRAD_CLONES void add_sums(const double* gradient, double to_mean, const double* memory, const double* before,
                               const double* after, const double* theta, int64_t n, double* sums) {

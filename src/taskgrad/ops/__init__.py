@@ -9,6 +9,7 @@ from .memory_dot import memory_dot
 from .memory_read import memory_read
 from .memory_write import memory_write
 from .segment_sum import norm_segment_sum, segment_sum
+from .sketch_all import sketch_all
 from .sketch_params import sketch_params
 from .sum_gram import sum_gram
 from .wgrad_gram import wgrad_gram
@@ -25,6 +26,7 @@ __all__ = [
     "memory_write",
     "norm_segment_sum",
     "segment_sum",
+    "sketch_all",
     "sketch_params",
     "sum_gram",
     "wgrad_gram",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -126,12 +126,13 @@ class Op:
             TypeError, ValueError: of ``check``, of ``values``, or a tensor without data.
         """
         self.check(*args)
-        if args[0].is_meta:  # only torch.ops.taskgrad goes by shapes alone
-            raise TypeError(_check.NO_DATA.format(name=self.first_argument(), device=args[0].device))
+        first = next(_tensors(args))
+        if first.is_meta:  # only torch.ops.taskgrad goes by shapes alone
+            raise TypeError(_check.NO_DATA.format(name=self.first_argument(), device=first.device))
         if self.native and self.values is not None:
             self.values.check(*args)  # a native kernel raises RuntimeError
-        out = self.overload(*[a.detach() if isinstance(a, Tensor) and a.requires_grad else a for a in args])
-        if args[0].is_cpu or self.values is None:
+        out = self.overload(*_detached(args))
+        if first.is_cpu or self.values is None:
             return out
         wrong = self.values.fault(*args)
         return spoiled(out, wrong) if isinstance(out, Tensor) else tuple(spoiled(part, wrong) for part in out)
@@ -145,6 +146,25 @@ class Op:
             if kernel.takes(*args):
                 return kernel
         return None
+
+
+def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments, and in the lists among them."""
+    for a in args:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, (list, tuple)):
+            yield from _tensors(a)
+
+
+def _detached(args: Iterable[Any]) -> list[Any]:
+    out: list[Any] = []
+    for a in args:
+        if isinstance(a, Tensor):
+            out.append(a.detach() if a.requires_grad else a)
+        else:
+            out.append(_detached(a) if isinstance(a, (list, tuple)) else a)
+    return out
 
 
 OPS: dict[str, Op] = {}
@@ -183,7 +203,7 @@ def register(
     def run(*args: Any) -> Any:
         """Where no kernel is registered: on a CPU, until the native library is in, and on what is neither."""
         check(*args)
-        if native and _native.ready() and all(a.is_cpu for a in args if isinstance(a, Tensor)):
+        if native and _native.ready() and all(a.is_cpu for a in _tensors(args)):
             return overload(*args)
         if check_values is not None:
             check_values(*args)
