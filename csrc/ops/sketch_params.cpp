@@ -21,6 +21,7 @@
 #include "hadamard.h"
 #include "segments.h"
 #include "simd.h"
+#include "sketch_matrix.h"
 
 namespace {
 
@@ -97,9 +98,13 @@ void check_map(const char* name, const std::optional<Tensor>& map, int64_t size)
   taskgrad::check_size(*map);
 }
 
-Tensor sketch_params(const Tensor& theta, const std::optional<Tensor>& left, const std::optional<Tensor>& right) {
+}  // namespace
+
+namespace taskgrad {
+
+Tensor sketch_matrix(const Tensor& theta, const std::optional<Tensor>& left, const std::optional<Tensor>& right) {
   STD_TORCH_CHECK(theta.dim() == 2, "sketch_params: theta must be [d0, d1], got ", theta.dim(), " dimensions");
-  taskgrad::check_size(theta);
+  check_size(theta);
   const ScalarType dtype = theta.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
                       dtype == ScalarType::Half,
@@ -112,6 +117,6 @@ Tensor sketch_params(const Tensor& theta, const std::optional<Tensor>& left, con
       torch::stable::transpose(product(torch::stable::transpose(half, 0, 1), *left), 0, 1));
 }
 
-}  // namespace
+}  // namespace taskgrad
 
-STABLE_TORCH_LIBRARY_IMPL(taskgrad, CPU, m) { m.impl("sketch_params", TORCH_BOX(&sketch_params)); }
+STABLE_TORCH_LIBRARY_IMPL(taskgrad, CPU, m) { m.impl("sketch_params", TORCH_BOX(&taskgrad::sketch_matrix)); }
