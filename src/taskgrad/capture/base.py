@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..ops import sketch_params
+from ..ops import sketch_all
 from .accumulation import Accumulation, Held
 from .route import class_forward
-from .sketch import SketchMap, scaled
+from .sketch import SketchMap
 from .tap import Keeps, TapLayout, tap_dtype
 from .task_rows import Rows
 
@@ -107,11 +107,7 @@ class Gauge:
 
     def sketch_of(self, values: Tensor) -> Tensor:
         """The sketch of ``values`` of the parameter's shape, [dim] in float64."""
-        values, sketch = values.detach(), self.sketch
-        if values.dim() < 2 or sketch.exact:
-            return sketch(values.double()[None])[0]
-        stats = sketch_params(values.flatten(1), sketch.left, sketch.right)
-        return scaled(stats[None], sketch.left, sketch.right)[0]
+        return sketch_all([values.detach()], [self.sketch.left], [self.sketch.right])
 
     def compare(self) -> None:
         """The pass is over: what it brought to the parameter against the sum of what it brought to the tap."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..capture import Gauge
+from ..ops import sketch_all
 
 
 class Columns:
@@ -55,11 +56,15 @@ class Columns:
 
     def theta(self) -> Tensor:
         """Sketch of the parameters themselves, [K] in float64: differences of it are sketches of updates."""
-        out = torch.zeros(self.width, dtype=torch.float64, device=self.device)
+        values, left, right = [], [], []
         for gauge in self.gauges.values():
-            if gauge.param.shape == gauge.shape:
-                out[gauge.columns] = gauge.sketch_of(gauge.param)
-        return out
+            param, sketch = gauge.param.detach(), gauge.sketch
+            if param.shape != gauge.shape:  # left out from now on
+                param = param.new_zeros(()).expand(gauge.shape)
+            values.append(param)
+            left.append(sketch.left)
+            right.append(sketch.right)
+        return sketch_all(values, left, right)
 
     def widths(self) -> Tensor:
         """Columns of every gauge, int64 [P]."""
