@@ -18,6 +18,7 @@ from torch import Tensor
 
 from taskgrad import ops
 from taskgrad.ops._register import OPS, Cpp, Triton
+from taskgrad.ops.memory_read import reference
 
 from .gpu_timing import Case, Values, Variant, mm32
 from .gpu_wgrad import bounds_of, signs
@@ -71,14 +72,14 @@ def cases(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Callable[[]
     for rows in sizes.rows:
         found += [(segment_sum, *rows, False), (segment_sum, *rows, True), (norm_segment_sum, *rows)]
     found += [(embedding_stats, *size) for size in sizes.embeddings]
-    found += [(memory_dot, *size) for size in sizes.memories]
+    found += [(memory_read, *size) for size in sizes.memories]
     found += [(sketch_params, d, dtype) for d in sizes.params for dtype in (torch.float32, torch.bfloat16)]
     for make, *arguments in found:
         yield case_name(make, *arguments), partial(make, *arguments, device)
 
 
 def case_name(make: Callable[..., Case], *arguments: Any) -> str:
-    """The function's name and what it is called with: ``memory_dot T=8 K=1024``."""
+    """The function's name and what it is called with: ``memory_read T=8 K=1024``."""
     names = inspect.signature(make).parameters
     values = (label(a) if isinstance(a, torch.dtype) else a for a in arguments)
     return " ".join([make.__name__, *(f"{n}={v}" for n, v in zip(names, values, strict=False))])
@@ -296,29 +297,31 @@ def embedding_stats(V: int, d: int, N: int, T: int, device: torch.device) -> Cas
     )
 
 
-def memory_dot(T: int, K: int, device: torch.device) -> Case:
-    def make(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def memory_read(T: int, K: int, device: torch.device) -> Case:
+    def make(generator: torch.Generator) -> tuple[Tensor, ...]:
         both = noise(2 * T + 1, K, generator=generator, device=device, dtype=torch.float32)
-        return both[:T].contiguous(), both[T:].contiguous()
+        paths = torch.randn(2 * T + 1, K, generator=generator, device=device, dtype=torch.float64)
+        ones = torch.ones(T, 1, dtype=torch.float64, device=device)
+        return (both[:T], paths[:T], paths[T:-1], both[T:], paths[-1], ones[:, 0], ones)
 
-    def truth(left: Tensor, right: Tensor) -> Values:
-        dots = torch.zeros(T, T + 1, dtype=torch.float64, device=device)
-        for a, b in zip(left.split(SLICE, dim=1), right.split(SLICE, dim=1), strict=True):
-            dots += a.double() @ b.double().mT
-        return {"dots": dots}
+    def plain(*a: Tensor) -> Values:
+        dots, sums = reference(*a)
+        return {"dots": dots, "sums": sums}
 
-    variants = {
-        "torch": Variant(lambda left, right: {"dots": left @ right.mT}, {"dots": 1e-3}),
-        "triton": Variant(lambda left, right: {"dots": ops.memory_dot(left, right)}, {"dots": TOLERANCE}, ours=True),
-    }
+    def fused(*a: Tensor) -> Values:
+        dots, sums = ops.memory_read(*a)
+        return {"dots": dots, "sums": sums}
+
+    tolerances = {"dots": TOLERANCE, "sums": TOLERANCE}
+    variants = {"torch": Variant(plain, tolerances), "triton": Variant(fused, tolerances, ours=True)}
     return Case(
-        case_name(memory_dot, T, K),
+        case_name(memory_read, T, K),
         {"T": T, "K": K, "dtype": "float32"},
-        2.0 * T * (T + 1) * K,
-        4.0 * (2 * T + 1) * K,
+        2.0 * T * (T + 6) * K,
+        4.0 * (2 * T + 1) * K + 8.0 * (2 * T + 1) * K,
         "fp32",
         make,
-        truth,
+        plain,
         variants,
         "torch",
     )

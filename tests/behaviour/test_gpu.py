@@ -199,7 +199,6 @@ def _products(dy: Tensor, x: Tensor, offsets: Tensor, left: Tensor, right: Tenso
         ops.segment_sum(dy, None, offsets),
         *ops.norm_segment_sum(dy[:, None], dy[:, None], None, rstd, None, offsets),
         *ops.sum_gram(x),
-        ops.memory_dot(left.mT.contiguous(), left.mT.contiguous()),
         ops.sketch_params(dy, torch.ones(dy.shape[0], 16, device=dy.device), left),
     ]
 

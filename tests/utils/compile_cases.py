@@ -91,20 +91,6 @@ def memory_write() -> list[Case]:
     ]
 
 
-def memory_dot() -> list[Case]:
-    module = op("memory_dot")
-    types = {"memory": "*fp32", "stats": "*fp32", "partials": "*fp64", "memory_stride": "i64", "stats_stride": "i64"}
-    cases = []
-    for t, s in ((16, 16), (32, 32)):
-        tile, warps = module.tile_config(t, s)
-        constants = {"BLOCK_T": t, "BLOCK_S": s, "TILE": tile}
-        strides = ("memory_stride", "stats_stride")
-        cases.append(
-            Case(module.memory_dot_kernel, f"T={t} S={s}", types, constants, strides, warps, forbidden=("tf32",))
-        )
-    return cases
-
-
 def sketch_params() -> list[Case]:
     module = op("sketch_params")
     cases = []
@@ -224,7 +210,6 @@ def wgrad_sketch() -> list[Case]:
 
 STEMS: tuple[Callable[[], list[Case]], ...] = (
     embedding_stats,
-    memory_dot,
     memory_read,
     memory_write,
     segment_sum,

@@ -98,10 +98,33 @@ def draw_sum_gram(d: Draw) -> Arguments:
     return {"block": d.floats(d.size(9), d.size(20, 3000))}
 
 
-def draw_memory_dot(d: Draw) -> Arguments:
-    d.dtype = d.rng.choice(FLOATS[:2])
-    K = d.size(20, 3000)
-    return {"memory": d.floats(d.size(9), K), "stats": d.floats(d.size(9), K)}
+def draw_memory_read(d: Draw) -> Arguments:
+    T, K = d.size(9), d.size(20, 3000)
+    doubles = {name: d.floats(T, K, dtype=torch.float64) for name in ("before", "after")}
+    out = {"ema": d.floats(T, K, dtype=d.rng.choice(FLOATS[:2]))} | doubles
+    out["gradient"] = d.floats(T + 1, K, dtype=d.rng.choice(FLOATS[:2]))
+    out |= {"theta": d.floats(K, dtype=torch.float64), "to_mean": d.floats(T, dtype=torch.float64)}
+    return out | {"correction": d.floats(T, d.rng.choice((1, K)), dtype=torch.float64)}
+
+
+def draw_memory_write(d: Draw) -> Arguments:
+    a = draw_memory_read(d)
+    T, K = a["ema"].shape
+    flags = torch.rand(T) < 0.5, torch.rand(K) < 0.3
+    out = {name: a[name] for name in ("ema", "before", "after", "gradient", "to_mean")}
+    out |= {"seen": flags[0], "left_out": flags[1] if d.rng.random() < 0.5 else None}
+    out |= {"theta_before": a["theta"], "theta_after": d.floats(K, dtype=torch.float64)}
+    return out | {"correction": a["correction"], "decay": d.rng.choice((0.0, 0.9, 1.0))}
+
+
+def draw_sketch_all(d: Draw) -> Arguments:
+    """Of matrices and of what stays as it is: lists are damaged as wholes."""
+    out: Arguments = {"values": [], "left": [], "right": []}
+    for _ in range(d.rng.randint(1, 3)):
+        a = draw_sketch_params(d)
+        for name, key in (("values", "theta"), ("left", "left"), ("right", "right")):
+            out[name].append(a[key])
+    return out
 
 
 def draw_sketch_params(d: Draw) -> Arguments:
@@ -178,12 +201,17 @@ def restride(x: Tensor, rng: random.Random) -> Tensor:
 
 
 def damage(name: str, value: Any, arguments: Arguments, rng: random.Random) -> Any:
-    if isinstance(value, int):
+    if isinstance(value, (int, float)):
         return rng.choice((*NUMBERS[:-4], 2**50, value - 1, value + 1, None, 2.5, "3"))
     if isinstance(value, str):
         return rng.choice(("fastest", "", 3, None))
     if isinstance(value, list):
         changed = list(value)
+        if any(isinstance(x, Tensor) for x in changed) and rng.random() < 0.7:
+            at = rng.randrange(len(changed))
+            tensors = {str(i): x for i, x in enumerate(changed) if isinstance(x, Tensor)}
+            changed[at] = damage(name, changed[at], tensors, rng)
+            return changed
         if changed and rng.random() < 0.6:
             changed[rng.randrange(len(changed))] = rng.choice(NUMBERS)
             return changed
@@ -336,11 +364,58 @@ def expect_sum_gram(a: Arguments, public: bool) -> Expected:
     return [(block.sum(0), np.abs(block).sum(0)), grams(block, np.abs(block))]
 
 
-def expect_memory_dot(a: Arguments, public: bool) -> Expected:
-    memory, stats = (array(a[name], 2, dtypes=FLOATS[:2]) for name in ("memory", "stats"))
-    same_dtype(a["memory"], a["stats"])
-    need(memory.shape[1] == stats.shape[1])
-    return [(memory @ stats.T, np.abs(memory) @ np.abs(stats).T)]
+def memory(a: Arguments, *vectors: str) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """The corrected average, the gradients, and what else there is."""
+    ema, gradient = (array(a[name], 2, dtypes=FLOATS[:2]) for name in ("ema", "gradient"))
+    T, K = ema.shape
+    before, after, correction = (array(a[n], 2, dtypes=FLOATS[1:2]) for n in ("before", "after", "correction"))
+    to_mean = array(a["to_mean"], 1, dtypes=FLOATS[1:2])
+    need(before.shape == after.shape == (T, K) and gradient.shape == (T + 1, K) and to_mean.shape == (T,))
+    need(correction.shape in ((T, 1), (T, K)))
+    more = [array(a[name], 1, dtypes=FLOATS[1:2]) for name in vectors]
+    need(all(x.shape == (K,) for x in more))
+    return ema * correction, gradient, [before, after, to_mean, *more]
+
+
+def expect_memory_read(a: Arguments, public: bool) -> Expected:
+    kept, g, (before, after, to_mean, theta) = memory(a, "theta")
+    mean = g[:-1] * to_mean[:, None]
+    pairs = [(mean, mean), (kept, mean), (mean, after - before), (mean, theta - after)]
+    pairs.append((0.5 * (mean - kept), theta - before))
+    size = (0.5 * (np.abs(mean) + np.abs(kept))) * (np.abs(theta) + np.abs(before))
+    sizes = [np.abs(x) * np.abs(y) for x, y in pairs[:4]] + [size]
+    sums, sizes = (np.stack([x.sum(1) for x in xs]) for xs in ([x * y for x, y in pairs], sizes))
+    return [(kept @ g.T, np.abs(kept) @ np.abs(g).T), (sums, sizes)]
+
+
+def expect_memory_write(a: Arguments, public: bool) -> Expected:
+    kept, _, (_, _, _, start, end) = memory(a, "theta_before", "theta_after")
+    for name, size in (("seen", kept.shape[0]), ("left_out", kept.shape[1])):
+        need((name == "left_out" and a[name] is None) or array(a[name], 1, dtypes=(torch.bool,)).shape == (size,))
+    need(isinstance(a["decay"], (int, float)) and 0 <= a["decay"] <= 1)
+    for name in ("ema", "before", "after"):
+        places = sum(np.arange(n).reshape(-1, *[1] * (1 - i)) * s for i, (n, s) in
+                     enumerate(zip(a[name].shape, a[name].stride(), strict=True)))  # fmt: skip
+        need(len(np.unique(places)) == np.size(places))
+    return [(kept @ (end - start), np.abs(kept) @ (np.abs(end) + np.abs(start)))]
+
+
+def expect_sketch_all(a: Arguments, public: bool) -> Expected:
+    need(all(isinstance(x, list) for x in a.values()) and a["values"])
+    need(len(a["values"]) == len(a["left"]) == len(a["right"]))
+    found, sizes = [], []
+    for theta, left, right in zip(*a.values(), strict=True):
+        need(isinstance(theta, Tensor))
+        if left is None and right is None:
+            sketch = array(theta, *range(9)).ravel()
+            size, scale = np.abs(sketch), 1.0
+        else:
+            array(theta, *range(2, 9))
+            ((sketch, size),) = expect_sketch_params({"theta": theta.flatten(1), "left": left, "right": right}, public)
+            scale = max(1, np.prod([1 if x is None else x.shape[1] for x in (left, right)])) ** -0.5
+        found.append(sketch.ravel() * scale)
+        sizes.append(size.ravel() * scale)
+    return [(np.concatenate(found), np.concatenate(sizes))]
 
 
 def expect_sketch_params(a: Arguments, public: bool) -> Expected:
@@ -457,9 +532,11 @@ OPS: dict[str, tuple[Callable[[Draw], Arguments], Callable[[Arguments, bool], Ex
     "embedding_gram": (draw_embedding, expect_embedding_gram),
     "embedding_stats": (draw_embedding_stats, expect_embedding_stats),
     "ghost_gram": (draw_rows, expect_ghost_gram),
-    "memory_dot": (draw_memory_dot, expect_memory_dot),
+    "memory_read": (draw_memory_read, expect_memory_read),
+    "memory_write": (draw_memory_write, expect_memory_write),
     "norm_segment_sum": (draw_norm_segment_sum, expect_norm_segment_sum),
     "segment_sum": (draw_segment_sum, expect_segment_sum),
+    "sketch_all": (draw_sketch_all, expect_sketch_all),
     "sketch_params": (draw_sketch_params, expect_sketch_params),
     "sum_gram": (draw_sum_gram, expect_sum_gram),
     "wgrad_gram": (draw_rows, expect_wgrad_gram),
@@ -484,7 +561,7 @@ def compare(name: str, out: list[Tensor], want: Expected, terms: int, dtype: tor
     for i, (got, (right, size)) in enumerate(zip(out, want, strict=True)):
         if tuple(got.shape) != right.shape:
             return f"result {i} has shape {tuple(got.shape)}, not {right.shape}"
-        unrounded = stat if got.dtype == torch.float64 and name != "memory_dot" else got.dtype
+        unrounded = stat if got.dtype == torch.float64 and not name.startswith("memory_") else got.dtype
         eps = max(torch.finfo(unrounded).eps, torch.finfo(got.dtype).eps)
         values = got.detach().double().numpy()
         right, values = (np.where(np.isposinf(size), 0, x) for x in (right, values))
@@ -535,13 +612,14 @@ def one(name: str, seed: int, public: bool) -> tuple[str, str | None]:
         return "raised", None if damaged or want is None else f"raised {type(error).__name__}: {error}"
     if all(x.device.type == "meta" for x in out) and not public:
         first = next(iter(arguments.values()))
+        first = first[0] if isinstance(first, list) else first
         return "agreed", None if first.device.type == "meta" else "a result without values"
     if too_large:
         return "agreed", None
     if want is None:
         return "agreed", f"no error for {describe(arguments)}"
-    numbers = [x.numel() for x in arguments.values() if isinstance(x, Tensor)]
-    wrong = compare(name, out, want, max(numbers, default=0), next(iter(arguments.values())).dtype)
+    tensors = [y for x in arguments.values() for y in (x if isinstance(x, list) else [x]) if isinstance(y, Tensor)]
+    wrong = compare(name, out, want, max((x.numel() for x in tensors), default=0), tensors[0].dtype)
     return "agreed", wrong and f"{wrong} for {describe(arguments)}"
 
 

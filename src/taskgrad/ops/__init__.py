@@ -5,7 +5,6 @@ from __future__ import annotations
 from .conv_sketch import conv_sketch
 from .embedding_stats import embedding_gram, embedding_stats
 from .ghost_gram import ghost_gram
-from .memory_dot import memory_dot
 from .memory_read import memory_read
 from .memory_write import memory_write
 from .segment_sum import norm_segment_sum, segment_sum
@@ -21,7 +20,6 @@ __all__ = [
     "embedding_gram",
     "embedding_stats",
     "ghost_gram",
-    "memory_dot",
     "memory_read",
     "memory_write",
     "norm_segment_sum",
