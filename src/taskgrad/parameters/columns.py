@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..capture import Gauge
-from ..ops import sketch_all
 
 
 class Columns:
@@ -58,13 +57,15 @@ class Columns:
         """Sketch of the parameters themselves, [K] in float64: differences of it are sketches of updates."""
         values, left, right = [], [], []
         for gauge in self.gauges.values():
-            param, sketch = gauge.param.detach(), gauge.sketch
+            param: Tensor = gauge.param
             if param.shape != gauge.shape:  # left out from now on
-                param = param.new_zeros(()).expand(gauge.shape)
+                param = param.detach().new_zeros(()).expand(gauge.shape)
             values.append(param)
-            left.append(sketch.left)
-            right.append(sketch.right)
-        return sketch_all(values, left, right)
+            left.append(gauge.sketch.left)
+            right.append(gauge.sketch.right)
+        with torch.no_grad():
+            theta: Tensor = torch.ops.taskgrad.sketch_all(values, left, right)
+        return theta
 
     def widths(self) -> Tensor:
         """Columns of every gauge, int64 [P]."""
