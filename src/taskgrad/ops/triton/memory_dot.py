@@ -23,7 +23,7 @@ def tile_config(block_t: int, block_s: int) -> tuple[int, int]:
     return 1024 // max(block_t, block_s), 4
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["T", "S", "tiles_per_program"])  # type: ignore[untyped-decorator]
 def memory_dot_kernel(  # type: ignore[no-untyped-def]
     memory,
     stats,
