@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import io
 import os
@@ -11,6 +12,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from torch import nn
 
 import taskgrad as tg
 from taskgrad._text import printable
-from taskgrad.report import STATISTICS, Row, gather
+from taskgrad.report import STATISTICS, Row, Sketches, gather
 from taskgrad.sampling.policies import Static
 from tests.utils.single import one_step
 
@@ -184,6 +186,18 @@ def test_the_cosines_error_can_be_had_until_the_next_step(mode: str) -> None:
     assert bool(second.cosine_se.isnan().all()) == (mode == "sketch")
     assert third.to_dict()["cosine_se"][0][1] is not None
     assert (third.to_dict()["cosine_se"][0][1] == 0) == (mode == "exact")
+
+
+def test_the_error_is_had_without_moving_the_maps() -> None:
+    """They are megabytes on a GPU. Numbers on "meta" cannot be copied to the host."""
+    tracker = _tracked(["a", "b", "c"], width=40, sketch_dim=64)
+    report = one_step(tracker)
+    assert report._sketches is not None
+    sketches = report._sketches()
+    assert sketches is not None and any(not m.exact for m in sketches.maps)
+    away = Sketches(sketches.block, tuple(m.to(torch.device("meta")) for m in sketches.maps))
+    twin = dataclasses.replace(report, _sketches=weakref.ref(away))
+    assert torch.equal(twin.cosine_se, report.cosine_se) and report.cosine_se[0, 1] > 0
 
 
 def test_before_any_step_there_is_no_error_to_be_had() -> None:

@@ -184,8 +184,7 @@ class StepReport:
         sketches = self._sketches()
         if sketches is None:
             return torch.full_like(self.gram, torch.nan)
-        cpu = torch.device("cpu")
-        return cosine_error(sketches.block.to(cpu).double(), self.gram, tuple(m.to(cpu) for m in sketches.maps))
+        return cosine_error(sketches.block.cpu().double(), self.gram, sketches.maps)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: with ``cosine_se`` as it is to be had now."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
-from taskgrad.capture.task_rows import Rows
+from taskgrad.capture.task_rows import Rows, sent, sorted_by_task
 from taskgrad.tracking.delivery import Delivery
 
 CPU = torch.device("cpu")
@@ -30,6 +36,57 @@ def test_rows_are_sorted_counted_and_weighed(data: st.DataObject) -> None:
     sums = [sum(w for s, w in zip(segment, weight.flatten().tolist(), strict=True) if s == t) for t in range(tasks + 1)]
     torch.testing.assert_close(rows.weight, torch.tensor(sums, dtype=torch.float64))
     assert rows.wrong is None and rows.entries == count
+
+
+@pytest.mark.parametrize("tasks", [1, 255, 256, 70_000])
+@pytest.mark.parametrize("entries", [0, 1, 2, 5000])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_order_is_that_of_a_stable_sort(tasks: int, entries: int, dtype: torch.dtype) -> None:
+    segment = torch.randint(0, min(tasks, torch.iinfo(dtype).max) + 1, (entries,)).to(dtype)
+    by_task, order = torch.sort(segment, stable=True)
+    found, offsets = sorted_by_task(segment, tasks)
+    assert torch.equal(torch.arange(entries) if found is None else found, order)
+    assert found is None or found.dtype == torch.int64
+    assert torch.equal(offsets, torch.searchsorted(by_task.long(), torch.arange(tasks + 2)))
+    again, same = sorted_by_task(by_task, tasks)
+    assert again is None and torch.equal(same, offsets) and same.dtype == torch.int64
+
+
+def test_what_is_sorted_is_not_sorted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("sorted")
+
+    monkeypatch.setattr(np, "argsort", refuse)
+    monkeypatch.setattr(torch, "sort", refuse)
+    assert Rows(torch.tensor([[0, 0, 1], [2, 2, -1]]), 3, CPU).order is None
+    with pytest.raises(AssertionError, match="sorted"):
+        Rows(torch.tensor([1, 0]), 3, CPU)
+
+
+class Copies(TorchFunctionMode):
+    """Records how tensors go from one device to another."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, bool]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.to, Tensor.pin_memory):
+            self.seen.append((func.__name__, bool((kwargs or {}).get("non_blocking"))))
+        if func is Tensor.pin_memory:  # fake tensors have none
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def test_to_a_gpu_from_pinned_memory_and_back_with_waiting() -> None:
+    """A copy from pageable memory makes the host wait; one in the background to the host would be read too early."""
+    gpu = torch.device("cuda", 0)
+    with FakeTensorMode(), Copies() as copies:
+        there = sent(torch.zeros(3), gpu)
+        assert there.device == gpu and copies.seen == [("pin_memory", False), ("to", True)]
+        copies.seen.clear()
+        assert sent(there, CPU).device == CPU and copies.seen == [("to", False)]
+        copies.seen.clear()
+        assert sent(there, gpu) is there and copies.seen == [("to", False)]
 
 
 def test_wrong_ids_of_a_gpu_are_reported_when_they_arrive() -> None:

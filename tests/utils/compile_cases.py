@@ -42,20 +42,20 @@ def sum_gram() -> list[Case]:
 
 def segment_sum() -> list[Case]:
     module = op("segment_sum")
-    strides = ("dy_entry_stride", "dy_row_stride", "x_entry_stride", "x_row_stride")
     cases = []
     for dtype in (torch.float32, torch.bfloat16):
         for d, kind in ((768, "sum"), (768, "layer norm"), (1, "sum")):
             rows, columns = module.tile_config(d, kind == "layer norm")
             types = {"dy": POINTER[dtype], "offsets": "*i64", "order": "*i64", "partials": "*fp32"}
-            constants = {"S_PAD": 16, "BLOCK_N": rows, "BLOCK_D": columns}
+            constants = {"S_PAD": 16, "BLOCK_N": rows, "BLOCK_D": columns, "ALIGNED": d > 1}
             if kind == "sum":
                 constants |= {"x": None, "mean": None, "rstd": None}
             else:
                 types |= {"x": POINTER[dtype], "mean": "*fp32", "rstd": "*fp32"}
-            aligned = () if d == 1 else ("d", *strides)
+            aligned = () if d == 1 else ("d",)
             config = f"{POINTER[dtype][1:]} {kind} d={d}"
-            cases.append(Case(module.segment_sum_kernel, config, types, constants, aligned))
+            wide = () if d == 1 else ("ld.global.v4",)
+            cases.append(Case(module.segment_sum_kernel, config, types, constants, aligned, required=wide))
     types = {"partials": "*fp32", "offsets": "*i64", "out": "*fp32"}
     cases.append(Case(module.segment_parts_kernel, "d=768", types, {"BLOCK_P": 16, "BLOCK_D": 128}, ("d",)))
     return cases

@@ -38,7 +38,7 @@ class Case:
         aligned: integer arguments that are multiples of 16 in the case compiled, as strides are: loads vectorise then.
         warps, stages: of the launch.
         wgmma: a 16-bit (or tf32) product must run on Hopper's tensor cores.
-        forbidden: text that must not be in the PTX.
+        required, forbidden: text that must be, and that must not be in the PTX.
         archs: what it is compiled for, where the launch function chooses by compute capability.
     """
 
@@ -50,6 +50,7 @@ class Case:
     warps: int = 4
     stages: int = 3
     wgmma: bool = False
+    required: tuple[str, ...] = ()
     forbidden: tuple[str, ...] = ()
     archs: tuple[int, ...] = TRITON_ARCHS
 
@@ -86,6 +87,8 @@ def compile_case(case: Case, arch: int) -> Compiled:
     names = case.kernel.arg_names
     unknown = {*case.types, *case.constants, *case.aligned} - set(names)
     assert not unknown, f"{case}: {case.name} has no argument {unknown}"
+    general = {p.name for p in case.kernel.params if p.do_not_specialize}
+    assert not general & set(case.aligned), f"{case}: {case.name} is never told that {general} are aligned"
     signature = {n: "constexpr" if n in case.constants else case.types.get(n, "i32") for n in names}
     aligned = [n for n in names if signature[n].startswith("*") or n in case.aligned]
     source = triton.compiler.ASTSource(
@@ -113,6 +116,8 @@ def check(case: Case, arch: int, compiled: Compiled) -> None:
     assert used.shared <= SHARED_KIB[arch] * 1024, f"{case} does not fit the shared memory of sm_{arch}: {used}"
     if case.wgmma and arch == 90:
         assert "wgmma.mma_async" in compiled.ptx, f"{case} does not use the tensor cores of sm_90 as it should"
+    for text in case.required:
+        assert text in compiled.ptx, f"{case} on sm_{arch} does not use {text}"
     for text in case.forbidden:
         assert text not in compiled.ptx, f"{case} on sm_{arch} uses {text}"
 

@@ -39,7 +39,7 @@ def cosine_error(block: Tensor, gram: Tensor, maps: Sequence[SketchMap]) -> Tens
     Args:
         block: [T, K], float64, the sketches of all parameters side by side, in the order of ``maps``.
         gram: [T, T], their Gram.
-        maps: the maps of the parameters.
+        maps: the maps of the parameters, on any device: only their shapes are read.
 
     Returns:
         [T, T] float64, NaN where a vector is zero, 0 where nothing was sketched.

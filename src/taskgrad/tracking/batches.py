@@ -15,7 +15,7 @@ from torch import Tensor
 from ..capture.accumulation import in_backward
 from ..capture.shared_row import make_plain
 from ..capture.site import Site
-from ..capture.task_rows import Rows
+from ..capture.task_rows import Rows, sent
 from ..ops.segment_sum import segment_sum
 
 PASSED = 4096  # batches of a step that is not measured whose losses are remembered until it closes
@@ -73,7 +73,7 @@ class Batch:
     def entered(self) -> Tensor:
         if self._loss_weight is None:
             return self.mass
-        return torch.cat([self.mass[:-1] * self._loss_weight.to(self.mass.device), self.mass[-1:]])
+        return torch.cat([self.mass[:-1] * sent(self._loss_weight, self.mass.device), self.mass[-1:]])
 
     def backward(self) -> None:
         """A backward pass has run through the batch."""
@@ -99,12 +99,12 @@ class Batch:
             raise ValueError(f"per_row must have the shape of ids, {shape}, got {given}; {hint}")
         values = per_row.detach().double().reshape(-1)
         if self._weight is not None:
-            values = values * self._weight.reshape(-1).to(values)
+            values = values * sent(self._weight.reshape(-1), values.device).to(values.dtype)
         order = self.task_rows.order
-        order = None if order is None else order.to(values.device, non_blocking=True)
-        offsets = self.task_rows.offsets.to(values.device, non_blocking=True)
+        order = None if order is None else sent(order, values.device)
+        offsets = sent(self.task_rows.offsets, values.device)
         sums = segment_sum(values, order, offsets)
-        self.task_losses = sums / self.task_rows.total.to(sums.device, non_blocking=True)
+        self.task_losses = sums / sent(self.task_rows.total, sums.device)
 
     def __enter__(self) -> Batch:
         self._enter(self)

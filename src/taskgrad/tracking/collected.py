@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..capture import Gauge
+from ..capture.task_rows import sent
 from .batches import Batch
 
 
@@ -50,7 +51,7 @@ def counts_of(batches: Sequence[Batch], num_tasks: int, device: torch.device) ->
     def total(parts: list[Tensor]) -> Tensor:
         if not parts:
             return torch.zeros(num_tasks + 1, dtype=torch.float64, device=device)
-        return reduce(torch.add, [p.to(device, non_blocking=True) for p in parts])
+        return reduce(torch.add, [sent(p, device) for p in parts])
 
     losses = [b.task_losses for b in batches if b.task_losses is not None]
     mass = total([b.mass for b in batches])
@@ -74,8 +75,8 @@ class Carried:
 
     def add(self, loss: Tensor, mass: Tensor) -> None:
         device = self.loss.device
-        self.loss = self.loss + loss.to(device, non_blocking=True)
-        self.mass = self.mass + mass.to(device, non_blocking=True)
+        self.loss = self.loss + sent(loss, device)
+        self.mass = self.mass + sent(mass, device)
 
     def take(self) -> tuple[Tensor, Tensor]:
         """Both, which begin anew."""

@@ -26,7 +26,7 @@ def rank_blocks(r0: int, r1: int) -> tuple[int, int]:
     return block_0, block_1
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["N", "M", "S", "R"])  # type: ignore[untyped-decorator]
 def embedding_sketch_kernel(  # type: ignore[no-untyped-def]
     left,
     v,

@@ -63,7 +63,7 @@ def _row_products(rows, i, j, N, d, stride, BLOCK: tl.constexpr, DEPTH: tl.const
     return product
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["N", "S"])  # type: ignore[untyped-decorator]
 def ghost_gram_kernel(  # type: ignore[no-untyped-def]
     dy,  # [N, d_out]
     x,  # [N, d_in]

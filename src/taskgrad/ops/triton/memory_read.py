@@ -23,7 +23,7 @@ PROGRAMS = 512  # about 4 for each SM of an H100
 ADDED = (32, 64)  # partials and results of the second kernel's tile
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["T", "tiles_per_program"])  # type: ignore[untyped-decorator]
 def memory_read_kernel(  # type: ignore[no-untyped-def]
     ema,
     before,
@@ -88,7 +88,7 @@ def memory_read_kernel(  # type: ignore[no-untyped-def]
         tl.store(row + T + 5, bend, mask=t < T)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["T", "programs"])  # type: ignore[untyped-decorator]
 def memory_added_kernel(  # type: ignore[no-untyped-def]
     partials,
     dots,

@@ -18,7 +18,7 @@ TILE = 128  # columns
 PROGRAMS = 512
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["T", "tiles_per_program"])  # type: ignore[untyped-decorator]
 def memory_write_kernel(  # type: ignore[no-untyped-def]
     ema,
     before,

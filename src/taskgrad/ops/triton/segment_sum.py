@@ -20,6 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# of an entry it is a multiple of M; whether all are multiples of 16 is told by ALIGNED
+STRIDES = ("dy_entry_stride", "dy_row_stride", "x_entry_stride", "x_row_stride")
+
 
 def tile_config(d: int, norm: bool) -> tuple[int, int]:
     """Rows and columns of a tile: 32 (norm: 16, of two operands) elements in each of 128 threads, so that whole
@@ -51,7 +54,7 @@ def nth_entry(order, n, inside, E):  # type: ignore[no-untyped-def]
     return tl.minimum(tl.maximum(entry, 0), E - 1)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["N", "M", "S", "R", "slots", *STRIDES])  # type: ignore[untyped-decorator]
 def segment_sum_kernel(  # type: ignore[no-untyped-def]
     dy,  # [E, M, d]
     x,  # [E, M, d] or None: plain sums
@@ -73,7 +76,13 @@ def segment_sum_kernel(  # type: ignore[no-untyped-def]
     S_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ALIGNED: tl.constexpr,  # whether strides are multiples of 16: loads vectorise then
 ):
+    if ALIGNED:
+        dy_entry_stride = dy_entry_stride // 16 * 16
+        dy_row_stride = dy_row_stride // 16 * 16
+        x_entry_stride = x_entry_stride // 16 * 16
+        x_row_stride = x_row_stride // 16 * 16
     p = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     lo = p * R
@@ -108,7 +117,7 @@ def segment_sum_kernel(  # type: ignore[no-untyped-def]
             tl.store(out + slots.to(tl.int64) * d, tl.sum(gamma, axis=0), mask=columns < d)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["N", "M", "S", "R", "slots"])  # type: ignore[untyped-decorator]
 def segment_parts_kernel(  # type: ignore[no-untyped-def]
     partials,  # [kinds, slots, d] fp32
     offsets,  # [S + 1]
@@ -162,6 +171,7 @@ def _launch(dy: Tensor, x: Tensor | None, mean: Any, rstd: Any, order: Any, offs
     R = rows_per_program(E * M, d, block_n, block_d)
     P = triton.cdiv(E * M, R)
     partials = torch.empty(1 if x is None else 2, P + S, d, dtype=torch.float32, device=dy.device)
+    strides = (*dy.stride()[:2], *((0, 0) if x is None else x.stride()[:2]))
     segment_sum_kernel[(P, triton.cdiv(d, block_d))](
         dy,
         x,
@@ -176,13 +186,11 @@ def _launch(dy: Tensor, x: Tensor | None, mean: Any, rstd: Any, order: Any, offs
         S,
         R,
         P + S,
-        dy.stride(0),
-        dy.stride(1),
-        0 if x is None else x.stride(0),
-        0 if x is None else x.stride(1),
+        *strides,
         S_PAD=triton.next_power_of_2(S),
         BLOCK_N=block_n,
         BLOCK_D=block_d,
+        ALIGNED=all(stride % 16 == 0 for stride in strides),
         num_warps=4,
     )
     return add_parts(partials, offsets, E * M, M, R)

@@ -30,7 +30,7 @@ def tile_config(dtype: torch.dtype) -> tuple[int, int]:
     return (32, 32) if dtype == torch.float32 else (16, 64)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["d0", "tiles_per_stripe"])  # type: ignore[untyped-decorator]
 def sketch_params_kernel(  # type: ignore[no-untyped-def]
     theta,
     left,

@@ -27,7 +27,7 @@ def tile_config(dtype: torch.dtype, padded_rows: int) -> tuple[int, int]:
     return 128, 4
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["T", "tiles_per_program"])  # type: ignore[untyped-decorator]
 def sum_gram_kernel(  # type: ignore[no-untyped-def]
     block, total, partials, T, M, row_stride, tiles_per_program, T_PAD: tl.constexpr, TILE: tl.constexpr
 ):

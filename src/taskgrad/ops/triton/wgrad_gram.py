@@ -54,7 +54,7 @@ GROUP = 8  # tiles of neighbouring programs form blocks of this height: they sha
 SEGMENTS = 16  # per block of the Gram: what tl.dot needs at least
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["N", "S"])  # type: ignore[untyped-decorator]
 def wgrad_gram_kernel(  # type: ignore[no-untyped-def]
     dy,  # [N, d_out]
     x,  # [N, d_in]

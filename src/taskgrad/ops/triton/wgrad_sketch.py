@@ -53,7 +53,7 @@ SPLIT_ROWS = 256  # per segment and program at least, on average
 PARTIALS = 1 << 24  # numbers at most
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["N", "M"])  # type: ignore[untyped-decorator]
 def segment_products_kernel(  # type: ignore[no-untyped-def]
     u,  # [E * M, r0]
     v,  # [E * M, r1]
