@@ -7,7 +7,13 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-_PRELOAD = ["benchmarks.peak", "torchjd.autogram", "torchjd.autojac", "opacus"]  # what is not installed is passed over
+_PRELOAD = [
+    "benchmarks.peak",
+    "torch._dynamo",
+    "torchjd.autogram",
+    "torchjd.autojac",
+    "opacus",
+]  # what is not installed is passed over
 
 
 def apart(function: Callable[..., Any], *args: Any, timeout: float) -> Any:

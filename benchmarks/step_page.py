@@ -14,8 +14,8 @@ def page(result: dict[str, Any]) -> str:
         "# A training step, in plain steps",
         "",
         f"{machine['cpu']}, one thread, load {machine['load average']} at the start, torch {machine['torch']}, "
-        f"Python {machine['python']}, {machine['date']}. Medians of ratios to the plain steps before and after, ± standard "
-        "deviation over repeats (`python -m benchmarks.step` says how).",
+        f"Python {machine['python']}, {machine['date']}. Medians of ratios to the plain steps before and after, ± "
+        "standard deviation over repeats (`python -m benchmarks.step` says how).",
     ]
     if cases:
         lines += ["", "## taskgrad", "", *_ratios(cases, peer=False)]

@@ -15,10 +15,10 @@ SETTLE = 4  # steps that check what later ones need not: rows, sums, coverage
 
 
 class Step:
-    """A decoder and its optimizer; calling it is a whole step. Every instance of a setting starts from the same weights.
+    """A decoder and its optimizer; calling it is a whole step. All of a setting start from the same weights.
 
-    Rows are sorted by task, as ``AdaptiveBatchSampler`` emits them, or ``shuffled``; ``micro`` batches make a step, each
-    with rows of all tasks. The learning rate is 0 until ``train``, so that the first steps' Gram is that of the start.
+    Rows are sorted by task, as ``AdaptiveBatchSampler`` emits them, or ``shuffled``; ``micro`` batches make a step,
+    each with rows of all tasks. The learning rate is 0 until ``train``: the first steps' Gram is that of the start.
 
     Attributes:
         every: steps in which everything happens that a step may do.
