@@ -16,8 +16,8 @@ class Setting:
     batch: int
     length: int
     tasks: int
-    exact: bool = True  # whether T full gradients are worth waiting for
     tied: bool = True  # the output layer has the token embedding's weight
+    batched_positions: bool = False  # position ids [B, L]; GPT-2's are [1, L]
 
 
 class Block(nn.Module):
@@ -43,11 +43,15 @@ class Decoder(nn.Module):
         self.token, self.position = nn.Embedding(s.vocab, s.width), nn.Embedding(s.length, s.width)
         self.blocks = nn.ModuleList(Block(s.width) for _ in range(s.layers))
         self.norm, self.head = nn.LayerNorm(s.width), nn.Linear(s.width, s.vocab, bias=False)
+        self.batched_positions = s.batched_positions
         if s.tied:
             self.head.weight = self.token.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device)[None])
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        if self.batched_positions:
+            tokens, positions = tokens.contiguous(), positions.expand(tokens.shape).contiguous()
+        x = self.token(tokens) + self.position(positions)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))

@@ -1,162 +1,304 @@
-"""The price of tracking: a whole training step, plain, tracked, and with the per-task gradients taken one by one.
+"""The price of tracking: whole training steps beside the plain one, the peers' in the same run, and peak memory.
 
-A GPT-like decoder trained with AdamW on random tokens, T tasks in equal parts, rows sorted by task (as
-``AdaptiveBatchSampler`` emits them). ``T backwards`` is what one would write without taskgrad: one backward pass per
-task, the gradients flattened and their Gram. ``torchjd`` (where it is installed) computes the Jacobian of the T losses
-by its ``autojac`` and the Gram of it. All variants run in turn, round by round, each on its own copy of the model.
-``clipped`` is ``sketch`` with the gradients clipped by norm after the backward pass, beside a plain step that clips
-too: gradients that were written are read. The last columns say what following the gradients costs, in plain steps:
-reading θ once (a step reads it twice), and looking whether every gradient is the one that was left.
+A GPT-like decoder trained with AdamW on 2,048 random tokens a step, T tasks in equal parts, on one thread. Every
+variant trains a decoder of its own from the same start. First its Gram and the gradients that it leaves are compared
+with float64 (``truth.py``): what is off is named, and gets no time. A peer that is off or fails on the decoder as it is
+is tried on one without a tied weight, with position ids [B, L] and contiguous token ids, beside that one's plain step.
+Then blocks of steps are timed in turn, the plain step before and after each: a ratio is of neighbours in time. Where
+one step in n is measured a block is n steps. A number is the median over ``--repeats`` blocks, ± their standard
+deviation; peers are timed three times, once where they take more than three plain steps. "plain" beside itself shows
+what the machine adds. Memory is taken at T = 8, every variant in a process of its own (``peak.py``).
 
-    python -m benchmarks.step [--device cpu|cuda] [--rounds 9]
+    python -m benchmarks.step [--only TEXT] [--all] [--resume] [--quick] [--repeats 5] [--out benchmarks/results]
+
+Each case is a process: one that dies loses its own numbers. ``step-cpu.json`` is written after each and ``--resume``
+goes on from it; ``step-cpu.md`` has the tables, and ``python -m benchmarks.cost_picture`` draws the picture.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import importlib.util
+import functools
+import json
+import statistics
+import time
+import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import nn
-
-import taskgrad as tg
 
 from . import timing
-from .models import Decoder, Setting, losses
+from .apart import apart
+from .models import Decoder, Setting
+from .peak import measurable, peaks
+from .peers import peers
+from .step_page import page
+from .training import Step, Tracked
+from .truth import Truth
 
-CPU = [
-    Setting(256, 32, 2, 64, 32, 5),
-    Setting(256, 128, 4, 32, 64, 8),
-    Setting(256, 256, 4, 32, 64, 32, exact=False),
-]
-
-
-def variants(s: Setting, device: torch.device) -> dict[str, Callable[[], Any]]:
-    torch.manual_seed(0)
-    base = Decoder(s).to(device)
-    tokens = torch.randint(0, s.vocab, (s.batch, s.length + 1), device=device)
-    ids = torch.arange(s.batch) * s.tasks // s.batch
-    half = device.type == "cuda"
-
-    def make(step: Callable[[nn.Module], None], clip: bool = False) -> Callable[[], None]:
-        model = copy.deepcopy(base)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-        def run() -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                step(model)
-            if clip:
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return run
-
-    def plain(model: nn.Module) -> None:
-        losses(model, tokens).mean().backward()
-
-    def tracked(mode: str, clip: bool = False) -> Callable[[], None]:
-        model = copy.deepcopy(base)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        tracker = tg.track(model, [str(t) for t in range(s.tasks)], optimizer, mode=mode)  # type: ignore[arg-type]
-
-        def run() -> None:
-            with tracker.batch(ids), torch.autocast(device.type, torch.bfloat16, enabled=half):
-                losses(model, tokens).mean().backward()
-            if clip:
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            tracker.report()
-
-        return run
-
-    def follow() -> dict[str, Callable[[], Any]]:
-        """What a step does to follow the parameters and their gradients, alone."""
-        model = copy.deepcopy(base)
-        tracker = tg.track(model, [str(t) for t in range(s.tasks)])
-        with tracker.batch(ids):
-            losses(model, tokens).mean().backward()
-        return {"θ": tracker._gauges.theta, "gradients": tracker._gauges.accumulation.settle}
-
-    def one_by_one(model: nn.Module) -> None:
-        params = list(model.parameters())
-        per_row = losses(model, tokens)
-        rows = []
-        for t in range(s.tasks):
-            part = per_row[ids.to(device) == t].sum() / s.batch
-            grads = torch.autograd.grad(part, params, retain_graph=t + 1 < s.tasks)
-            rows.append(torch.cat([g.flatten() for g in grads]))
-        block = torch.stack(rows)
-        _ = block @ block.T
-        for p, g in zip(params, block.sum(0).split([p.numel() for p in params]), strict=True):
-            p.grad = g.view_as(p)
-
-    def torchjd(model: nn.Module) -> None:
-        from torchjd.autojac import backward  # type: ignore[import-not-found]
-
-        per_row = losses(model, tokens)
-        backward([per_row[ids.to(device) == t].sum() / s.batch for t in range(s.tasks)], parallel_chunk_size=1)
-        block = torch.cat([p.jac.flatten(1) for p in model.parameters()], 1)  # type: ignore[attr-defined]
-        _ = block @ block.T
-        for p in model.parameters():
-            p.grad = p.jac.sum(0)  # type: ignore[attr-defined]
-            del p.jac  # type: ignore[attr-defined]
-
-    found: dict[str, Callable[[], Any]] = {"plain": make(plain), "sketch": tracked("sketch")}
-    found |= {"plain, clipped": make(plain, clip=True), "clipped": tracked("sketch", clip=True)}
-    if s.exact:
-        found |= {"exact gram": tracked("exact_gram"), "exact": tracked("exact"), "T backwards": make(one_by_one)}
-        if importlib.util.find_spec("torchjd"):
-            found["torchjd"] = make(torchjd)
-    return found | follow()
+LIMIT = {
+    "gram": 3e-3,
+    "norms": 3e-3,
+    "grad": 1e-4,
+}  # relative errors; J Jᵀ in float32 over millions of columns has 1e-3
+SKETCH_LIMIT = 0.35
+SLOW = 3.0  # plain steps; a peer that takes more is timed once
+BLOCK_SECONDS = 0.1  # short steps are timed several at a time
+TIMEOUT = 1800.0
+MEMORY_TIMEOUT = 300.0
+ADAPTED = "untied, position ids [B, L]"
 
 
-def run(device: torch.device, rounds: int = 9) -> None:
-    rows = []
-    table = Table(title=f"training step on {device}, ms (median) and times the plain step")
-    others = ("sketch", "clipped", "exact gram", "exact", "T backwards", "torchjd")
-    parts = ("θ", "gradients")
-    for column in ("parameters", "width", "rows", "T", "plain", *others, *parts):
-        table.add_column(column, justify="right")
-    for setting in CPU:
-        size = sum(p.numel() for p in Decoder(setting).parameters())
-        times = timing.interleaved(variants(setting, device), device, rounds)
-        ms = {name: timing.quartiles(values) for name, values in times.items()}
-        beside = {"clipped": "plain, clipped"}
-        ratio = {
-            n: timing.quartiles([a / b for a, b in zip(v, times[beside.get(n, "plain")], strict=True)])
-            for n, v in times.items()
+@dataclass(frozen=True)
+class Variant:
+    make: Callable[[Setting], Step]
+    beside: str = "plain"
+    peer: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """``whole``: also unsorted ids, micro-batches, clipping, one step in four, a step outside of ``batch()``."""
+
+    name: str
+    setting: Setting
+    whole: bool = False
+    peers: bool = True
+    memory: bool = False
+
+
+def _case(width: int, tasks: int, peers: bool, whole: bool) -> Case:
+    batch, length = (32, 64) if tasks <= 32 else (64, 32)
+    setting = Setting(256, width, 4, batch, length, tasks)
+    return Case(f"width {width}, T = {tasks}", setting, whole, peers, memory=tasks == 8)
+
+
+def cases(everything: bool) -> list[Case]:
+    """``everything``: the peers at every size."""
+    return [
+        Case("width 32, T = 5", Setting(256, 32, 2, 64, 32, 5), whole=True),
+        *(_case(256, tasks, True, tasks == 8) for tasks in (2, 8, 64)),
+        *(_case(512, tasks, everything or tasks == 8, tasks == 8) for tasks in (2, 8, 64)),
+    ]
+
+
+QUICK = [Case("quick", Setting(40, 16, 1, 8, 6, 2), whole=True, memory=True)]
+
+
+def variants(case: Case) -> dict[str, Variant]:
+    def tracked(mode: str, beside: str = "plain", **options: Any) -> Variant:
+        return Variant(functools.partial(Tracked, mode=mode, **options), beside)
+
+    found = {"plain": Variant(Step), "sketch": tracked("sketch"), "exact_gram": tracked("exact_gram")}
+    if case.setting.tasks <= 8:
+        found["exact"] = tracked("exact")
+    if case.whole:
+        found |= {
+            "sketch, unsorted": tracked("sketch", shuffled=True),
+            "sketch, every=4": tracked("sketch", every=4),
+            "exact_gram, every=4": tracked("exact_gram", every=4),
+            "outside batch()": tracked("sketch", outside=True),
+            "plain, 4 micro-batches": Variant(functools.partial(Step, micro=4), "plain, 4 micro-batches"),
+            "exact_gram, 4 micro-batches": tracked("exact_gram", "plain, 4 micro-batches", micro=4),
+            "plain, clipped": Variant(functools.partial(Step, clip=True), "plain, clipped"),
+            "sketch, clipped": tracked("sketch", "plain, clipped", clip=True),
         }
-        rows.append({**asdict(setting), "parameters": size, "ms": ms, "ratio": ratio})
-        cells = [f"{ms[n][1]:.1f} ({ratio[n][1]:.2f})" if n in ms else "" for n in others]
-        count = setting.batch * setting.length
-        table.add_row(
-            f"{size:,}",
-            str(setting.width),
-            str(count),
-            str(setting.tasks),
-            f"{ms['plain'][1]:.1f}",
-            *cells,
-            *(f"{ratio[n][1]:.3f}" for n in parts),
-        )
-    Console(width=120).print(table)
-    print(f"written to {timing.save('step', device, rows)}")
+    if case.peers:
+        found |= {name: Variant(make, peer=True) for name, make in peers().items()}
+    return found
 
 
-def main() -> None:
+class Timer:
+    """Steps of one case, timed beside each other."""
+
+    def __init__(self, case: Case, repeats: int) -> None:
+        self.case, self.repeats = case, repeats
+        self.variants = variants(case)
+        adapted = replace(case.setting, tied=False, batched_positions=True)
+        self.settings = {"": case.setting, ADAPTED: adapted} if case.peers else {"": case.setting}
+        self.truths = {name: Truth(setting) for name, setting in self.settings.items()}
+        self.steps: dict[str, Step] = {}
+        self.beside: dict[str, str] = {}
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        for name, variant in self.variants.items():
+            self.found[name] = self._prepare(name, variant)
+            print(f"  {name}: {_said(self.found[name])}", flush=True)
+        self._time()
+        return self.found
+
+    def _prepare(self, name: str, variant: Variant) -> dict[str, Any]:
+        """Check a variant on the first decoder that it is right on, and keep it for timing."""
+        found: dict[str, Any] = {"peer": variant.peer}
+        for model, setting in self.settings.items():
+            if model and not variant.peer:
+                break  # it is ours: no other decoder will do
+            try:
+                step = variant.make(setting)
+                found["gives"] = step.gives
+                if variant.peer and setting.tasks * sum(p.numel() for p in step.params) > step.largest:
+                    return found | {"not run": "too slow to be run at this size"}
+                step.settle()
+                errors, found["first ms"] = self.truths[model].errors(step)
+            except Exception as error:
+                found.setdefault("off", {})[model or "the decoder"] = f"{type(error).__name__}: {error}"[:200]
+                continue
+            if wrong := _wrong(errors, step):
+                found.setdefault("off", {})[model or "the decoder"] = wrong
+                continue
+            step.train()
+            self.steps[name], self.beside[name] = step, variant.beside
+            if model:
+                self.beside[name] = f"plain, {model}"
+                if self.beside[name] not in self.steps:
+                    self.steps[self.beside[name]] = plain = Step(setting)
+                    plain.settle()
+                    plain.train()
+                    plain()
+            return found | {"model": model, "errors": errors}
+        return found | {"not run": "wrong or failed on every decoder"}
+
+    def _time(self) -> None:
+        plain = min(self._block(self.steps["plain"], 1) for _ in range(2))
+        count = max(1, round(BLOCK_SECONDS * 1e3 / plain))
+        ms: dict[str, list[float]] = {name: [] for name in self.variants}
+        ratios: dict[str, list[float]] = {name: [] for name in self.variants}
+        timed = [name for name in self.variants if name in self.steps]
+        timed.sort(key=lambda name: self.beside[name])  # neighbours share the plain step between them
+        for repeat in range(self.repeats):
+            beside, before = "", 0.0
+            for name in timed:
+                if self.variants[name].peer and repeat >= (1 if self.found[name]["first ms"] > SLOW * plain else 3):
+                    continue
+                if self.beside[name] != beside:
+                    beside = self.beside[name]
+                    before = self._block(self.steps[beside], count)
+                own = self._block(self.steps[name], count)
+                after = self._block(self.steps[beside], count)
+                ms[name].append(own)
+                ratios[name].append(own / ((before + after) / 2))
+                before = after
+            print(f"  repeat {repeat + 1} of {self.repeats}", flush=True)
+        for name in timed:
+            spread = statistics.stdev(ratios[name]) if len(ratios[name]) > 1 else None
+            self.found[name] |= {
+                "beside": self.beside[name],
+                "ms": statistics.median(ms[name]),
+                "ratio": statistics.median(ratios[name]),
+                "spread": spread,
+                "ratios": ratios[name],
+            }
+
+    @staticmethod
+    def _block(step: Step, count: int) -> float:
+        """Mean milliseconds of a step over at least ``count``, whole rounds of ``every``."""
+        steps = -(-count // step.every) * step.every
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        return (time.perf_counter() - start) * 1e3 / steps
+
+
+def _wrong(errors: dict[str, float], step: Step) -> str:
+    """What is off by more than rounding (or, of a sketch, more than sketches are); "" if nothing is."""
+    limits = LIMIT | ({"gram": SKETCH_LIMIT} if step.gives.startswith("sketch") else {})
+    return ", ".join(f"{name} off by {e:.2g}" for name, e in errors.items() if not e <= limits[name])
+
+
+def _said(found: dict[str, Any]) -> str:
+    off = "; ".join(f"on {model}: {reason}" for model, reason in found.get("off", {}).items())
+    right = ", ".join(f"{name} {e:.1e}" for name, e in found.get("errors", {}).items())
+    where = f" ({found['model']})" if found.get("model") else ""
+    return "; ".join(
+        text for text in (off, found.get("not run", ""), f"right{where}: {right}" if right else "") if text
+    )
+
+
+def measure(case: Case, repeats: int) -> dict[str, Any]:
+    """Everything but memory, in this process."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    found = Timer(case, repeats).run()
+    return {
+        "setting": asdict(case.setting),
+        "repeats": repeats,
+        "parameters": sum(p.numel() for p in Decoder(case.setting).parameters()),
+        "seconds": round(time.perf_counter() - start, 1),
+        "cpu seconds": round(time.process_time(), 1),
+        "variants": found,
+    }
+
+
+def memory(case: Case, found: dict[str, dict[str, Any]]) -> None:
+    """Peak memory of all variants that were timed, each in a process of its own."""
+    for name, variant in variants(case).items():
+        if "ratio" not in found[name]:
+            continue
+        adapted = bool(found[name]["model"])
+        setting = replace(case.setting, tied=not adapted, batched_positions=adapted)
+        try:
+            found[name]["peak"] = apart(peaks, variant.make, setting, timeout=MEMORY_TIMEOUT)
+        except (RuntimeError, TimeoutError, ChildProcessError) as error:
+            found[name]["peak failed"] = f"{type(error).__name__}: {error}"
+        print(f"  memory of {name}: {found[name].get('peak', found[name].get('peak failed'))}", flush=True)
+
+
+def run(chosen: list[Case], repeats: int, out: Path, resume: bool) -> dict[str, Any]:
+    """Measure the cases, one process each, and write the files after every one; what failed is in them by name."""
+    path = out / "step-cpu.json"
+    out.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "machine": timing.machine(torch.device("cpu")) | {"threads": 1},
+        "cases": {},
+        "failed": {},
+    }
+    if resume and path.exists():
+        earlier = json.loads(path.read_text())
+        for fact in ("cpu", "torch"):
+            if earlier["machine"][fact] != result["machine"][fact]:
+                raise SystemExit(f"{path} is of {fact} {earlier['machine'][fact]}: measure anew, without --resume")
+        result["cases"] = earlier["cases"]
+    for case in chosen:
+        known = result["cases"].get(case.name)
+        if known and (known["setting"], known["repeats"]) == (asdict(case.setting), repeats):
+            print(f"{case.name}: measured", flush=True)
+            continue
+        print(f"{case.name}", flush=True)
+        try:
+            found = apart(measure, case, repeats, timeout=TIMEOUT)
+            if case.memory and measurable():
+                memory(case, found["variants"])
+            result["cases"][case.name] = found
+        except (RuntimeError, TimeoutError, ChildProcessError) as error:
+            result["failed"][case.name] = f"{type(error).__name__}: {error}"
+            print(f"  failed: {result['failed'][case.name]}", flush=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        path.with_suffix(".md").write_text(page(result))
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=9)
-    args = parser.parse_args()
-    run(torch.device(args.device), args.rounds)
+    parser.add_argument("--only", default="", help='cases whose name has this in it, e.g. "width 256"')
+    parser.add_argument("--all", action="store_true", help="peers at width 512 for T = 2 and 64, too")
+    parser.add_argument("--resume", action="store_true", help="keep what the file has, measure the rest")
+    parser.add_argument("--quick", action="store_true", help="a tiny decoder, to see that everything runs")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=timing.RESULTS)
+    args = parser.parse_args(arguments)
+    chosen = [case for case in (QUICK if args.quick else cases(args.all)) if args.only in case.name]
+    if not chosen:
+        parser.error(f"no case has {args.only!r} in its name")
+    start = time.perf_counter()
+    result = run(chosen, args.repeats, args.out, args.resume)
+    print(f"\n{page(result)}\nwritten to {args.out / 'step-cpu.json'} and .md, {time.perf_counter() - start:.0f} s")
+    return 1 if result["failed"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
