@@ -42,7 +42,7 @@ def test_entries(offsets, order):
     offsets, order = torch.tensor(offsets), None if order is None else torch.tensor(order)
     dy, x, rstd = surrounded(E, M, 5), surrounded(E, M, 5), surrounded(E, M)
     parts = segment_sum.launch_norm(dy, x, None, rstd, order, offsets)
-    sketch = wgrad_sketch.launch(dy.flatten(0, 1), x.flatten(0, 1), M, order, offsets, 4)
+    sketch = wgrad_sketch.launch(dy.flatten(0, 1), x.flatten(0, 1), M, order, offsets, 4, 9)
     index = torch.randint(0, 3, (E, M))
     of_tokens = embedding_stats.launch(dy, index, order, offsets, surrounded(3, 2))
     assert not sketch.isnan().any()  # partial sums of segments that overlap may be left unwritten: those of the others

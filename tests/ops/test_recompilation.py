@@ -78,7 +78,7 @@ def of_embedding(entries: int, rows: int, d: int) -> None:
 
 def of_wgrad_sketch(entries: int, rows: int, d: int) -> None:
     u = torch.zeros(entries * rows, d)
-    wgrad_sketch.launch(u, u, rows, torch.arange(entries), _offsets(entries), 132)
+    wgrad_sketch.launch(u, u, rows, torch.arange(entries), _offsets(entries), 132, 9)
 
 
 def of_wgrad_gram(entries: int, rows: int, d: int) -> None:

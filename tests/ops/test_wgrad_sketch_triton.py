@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Many tiles, steps and splits for few rows."""
-    monkeypatch.setattr(kernel, "tile_config", lambda dtype, r0, r1: kernel.Tile(16, 16, 16, 1, 1))
+    monkeypatch.setattr(kernel, "tile_config", lambda dtype, r0, r1, major: kernel.Tile(16, 16, 16, 1, 1))
     monkeypatch.setattr(kernel, "SPLIT_ROWS", 20)
 
 
@@ -39,7 +39,7 @@ def run(u, v, order, offsets, processors):
         torch.einsum("nmi,nmj->ij", *(t[start:end].double() for t in ordered))
         for start, end in pairwise(offsets.tolist())
     ]
-    got = kernel.launch(u.flatten(0, 1), v.flatten(0, 1), u.shape[1], order, offsets, processors)
+    got = kernel.launch(u.flatten(0, 1), v.flatten(0, 1), u.shape[1], order, offsets, processors, 9)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), torch.stack(want), rtol=1e-5, atol=1e-4)
 
@@ -78,7 +78,7 @@ def test_interpreted_kernel_takes_columns_that_are_not_adjacent():
 def test_interpreted_kernel_keeps_nan_in_its_segment():
     u = torch.randn(20, 5)
     u[3, 2] = float("nan")
-    out = kernel.launch(u, torch.randn(20, 4), 1, None, torch.tensor([0, 5, 20]), 2)
+    out = kernel.launch(u, torch.randn(20, 4), 1, None, torch.tensor([0, 5, 20]), 2, 9)
     assert out[0, 2].isnan().all() and out[1].isfinite().all() and out[0, 3].isfinite().all()
 
 

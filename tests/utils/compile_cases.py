@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable
 from types import ModuleType
 
@@ -103,7 +104,7 @@ def sketch_params() -> list[Case]:
     return cases
 
 
-HOPPER_ON = (90, 100)
+CAPABILITIES = ((9, (90, 100)), (8, (80,)), (12, (120,)))  # those that tiles are chosen for, and what they run on
 
 
 def embedding_stats() -> list[Case]:
@@ -119,7 +120,7 @@ def wgrad_gram() -> list[Case]:
     strides = ("dy_stride", "x_stride", "dw_stride")
     cases = []
     for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False)):
-        for major, archs in ((9, HOPPER_ON), (8, (80,))):
+        for major, archs in CAPABILITIES:
             tiles = {d: module.tile_config(dtype, tf32, d, d, 132, major) for d in (4096, 1024)}
             for tile in dict.fromkeys(tiles.values()):
                 for segments in (9, 33):
@@ -156,7 +157,7 @@ def ghost_gram() -> list[Case]:
     strides = ("dy_stride", "x_stride")
     cases = []
     for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False)):
-        for major, archs in ((9, HOPPER_ON), (8, (80,))):
+        for major, archs in CAPABILITIES:
             tile = module.tile_config(dtype, tf32, major)
             for padded in (16, 128):
                 pointer = POINTER[dtype]
@@ -185,27 +186,26 @@ def ghost_gram() -> list[Case]:
 def wgrad_sketch() -> list[Case]:
     module = op("wgrad_sketch")
     strides = ("u_stride", "v_stride")
-    cases = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for r in (32, 64, 512):
-            tile = module.tile_config(dtype, r, r)
-            for ordered in (False, True):
-                types = {"u": POINTER[dtype], "v": POINTER[dtype], "order": "*i64", "offsets": "*i64"}
-                constants = {"HEIGHT": tile.height, "WIDTH": tile.width, "DEPTH": tile.depth, "ORDERED": ordered}
-                case = Case(
-                    module.segment_products_kernel,
-                    f"{POINTER[dtype][1:]} {tile.height}x{tile.width}{' order' if ordered else ''}",
-                    types | {"partials": "*fp32"} | dict.fromkeys(strides, "i64"),
-                    constants,
-                    ("r0", "r1", *strides),
-                    tile.warps,
-                    tile.stages,
-                    wgmma=dtype == torch.bfloat16,
-                    forbidden=("tf32",) if dtype == torch.float32 else (),
-                )
-                if case.config not in {other.config for other in cases}:
-                    cases.append(case)
-    return cases
+    cases: dict[tuple[str, tuple[int, ...]], Case] = {}
+    for dtype, r, (major, archs) in itertools.product((torch.float32, torch.bfloat16), (32, 64, 512), CAPABILITIES):
+        tile = module.tile_config(dtype, r, r, major)
+        for ordered in (False, True):
+            types = {"u": POINTER[dtype], "v": POINTER[dtype], "order": "*i64", "offsets": "*i64"}
+            constants = {"HEIGHT": tile.height, "WIDTH": tile.width, "DEPTH": tile.depth, "ORDERED": ordered}
+            config = f"{POINTER[dtype][1:]} {tile.height}x{tile.width}{' order' if ordered else ''}"
+            cases[config, archs] = Case(
+                module.segment_products_kernel,
+                config,
+                types | {"partials": "*fp32"} | dict.fromkeys(strides, "i64"),
+                constants,
+                ("r0", "r1", *strides),
+                tile.warps,
+                tile.stages,
+                wgmma=dtype == torch.bfloat16,
+                forbidden=("tf32",) if dtype == torch.float32 else (),
+                archs=archs,
+            )
+    return list(cases.values())
 
 
 STEMS: tuple[Callable[[], list[Case]], ...] = (

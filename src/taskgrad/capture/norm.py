@@ -56,14 +56,41 @@ class _LayerNorm(torch.autograd.Function):
         return saved.gradients((dx, dw, db, None, None, None), w_stats, b_stats)
 
 
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{op}", key)
+
+
+FUSED = frozenset(d for d in ("cpu", "cuda") if _has_kernel("_fused_rms_norm_backward", d.upper()))
+WIDE = _has_kernel("rms_norm", "AutocastCUDA")  # some version on, autocast runs it in float32 on a GPU
+
+
+def _fused(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``F.rms_norm`` runs torch's fused kernels: on devices that have some (a CPU has none), for equal dtypes,
+    not channels last."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    by_rows = x.is_contiguous() or channels_last is None or not x.is_contiguous(memory_format=channels_last)
+    return x.device.type in FUSED and x.dtype == weight.dtype and by_rows
+
+
+def _widened(x: Tensor) -> Tensor:
+    """What autocast to float32 makes of it."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class _RMSNorm(torch.autograd.Function):
-    """y = γ x̂ with x̂ = x / rms(x); dX = (γ dY − x̂ mean(γ dY x̂)) / rms(x), in float32 or float64."""
+    """y = γ x̂ with x̂ = x / rms(x); dX = (γ dY − x̂ mean(γ dY x̂)) / rms(x), by torch's fused kernel or else in float32
+    or float64."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, dims: list[int], eps: float | None, entries: int, *packed: Any
+        ctx: Any, x: Tensor, weight: Tensor, dims: list[int], eps: float | None, entries: int, wide: bool, *packed: Any
     ) -> Tensor:
-        out, rstd = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)
+        gamma = _widened(weight) if wide else weight
+        ctx.fused = _fused(x, gamma)
+        norm = torch.ops.aten._fused_rms_norm.default
+        # the op takes the fused kernel of the device whatever the dtypes; what is compiled is taken apart anyway
+        by_parts = x.device.type in FUSED and not ctx.fused and not torch.compiler.is_compiling()
+        out, rstd = (norm.decompose if by_parts else norm)(x, weight.shape, gamma, eps)
         # what is not needed is not kept: it may be written to before the backward pass, as without tracking
         if not ctx.needs_input_grad[0]:
             x, rstd = x.to(rstd.dtype) * rstd, torch.ones_like(rstd)
@@ -76,7 +103,10 @@ class _RMSNorm(torch.autograd.Function):
         saved = kept(ctx)
         (x, weight, rstd), (part,) = saved.tensors, saved.parts
         dx = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and ctx.fused and dy.dtype == x.dtype:
+            fused = torch.ops.aten._fused_rms_norm_backward
+            dx = fused(dy, x, ctx.shape, rstd, weight.to(x.dtype), [True, False])[0]
+        elif ctx.needs_input_grad[0]:
             xhat, scaled = x.to(rstd.dtype) * rstd, dy.to(rstd.dtype) * weight
             dx = ((scaled - xhat * (scaled * xhat).mean(ctx.dims, keepdim=True)) * rstd).to(x.dtype)
         rows = by_entry(x, ctx.entries, len(ctx.shape))
@@ -86,7 +116,7 @@ class _RMSNorm(torch.autograd.Function):
             dy.reshape(rows), x.reshape(rows).to(dy.dtype), None, rstd, part.order, part.offsets
         )
         dw, stats = part.of_tasks(gamma, ctx.shape, ctx.dtype)
-        return saved.gradients((dx, dw, None, None, None), stats)
+        return saved.gradients((dx, dw, None, None, None, None), stats)
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -159,7 +189,10 @@ class RMSNormCapture(Capture):
         dims = list(range(-len(module.normalized_shape), 0))
         entries = rows_of(rows, x, len(dims))
         packed = pack(rows, gauges["weight"])
-        return _RMSNorm.apply(x, module.weight, dims, module.eps, entries, *packed)  # type: ignore[no-any-return]
+        wide = WIDE and x.device.type == "cuda" and autocast_dtype(x) is not None
+        if wide:
+            x = _widened(x)
+        return _RMSNorm.apply(x, module.weight, dims, module.eps, entries, wide, *packed)  # type: ignore[no-any-return]
 
 
 @register_capture(nn.GroupNorm)

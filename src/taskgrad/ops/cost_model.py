@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 
+from .triton import from_shared_memory
 from .wgrad_sketch import PANEL_BYTES
 
 Strategy = Literal["fused", "ghost"]
@@ -118,7 +119,7 @@ def _duration(seconds: float) -> str:
 def _kind(device: torch.device) -> str:
     if device.type == "cpu":
         return "cpu"
-    return "sm_90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm_80"
+    return "sm_90" if from_shared_memory(torch.cuda.get_device_capability(device)[0]) else "sm_80"
 
 
 def _scratch(device: torch.device, segments: int, entries: int, stat: int, item: int) -> int:

@@ -140,8 +140,8 @@ def _fits(u: Tensor, v: Tensor, rows_per_entry: int, order: Tensor | None, offse
 def _launch(
     kernel: ModuleType, u: Tensor, v: Tensor, rows_per_entry: int, order: Tensor | None, offsets: Tensor
 ) -> Tensor:
-    processors = torch.cuda.get_device_properties(u.device).multi_processor_count
-    out: Tensor = kernel.launch(u, v, rows_per_entry, order, offsets, processors)
+    gpu = torch.cuda.get_device_properties(u.device)
+    out: Tensor = kernel.launch(u, v, rows_per_entry, order, offsets, gpu.multi_processor_count, gpu.major)
     return out
 
 

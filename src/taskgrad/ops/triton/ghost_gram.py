@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ghost_gram import segment_of_rows
+from . import from_shared_memory
 
 
 class Tile(NamedTuple):
@@ -39,7 +40,7 @@ def tile_config(dtype: torch.dtype, tf32: bool, major: int) -> Tile:
     """The largest block that spills no registers on this compute capability."""
     if dtype == torch.float32 and not tf32:  # on the FMA units
         return Tile(64, 32, 4, 3)
-    if major == 8:  # mma.sync takes its operands from registers
+    if not from_shared_memory(major):
         return Tile(64, 32 if dtype == torch.float32 else 64, 4, 3)
     return Tile(128, 32 if dtype == torch.float32 else 64, 8, 3)
 

@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import from_shared_memory
+
 
 class Tile(NamedTuple):
     """Output tile, rows per step of the product, launch shape, and columns per warp and step of the Gram."""
@@ -43,7 +45,7 @@ def tile_config(dtype: torch.dtype, tf32: bool, d_out: int, d_in: int, processor
     if dtype == torch.float32 and not tf32:  # on the FMA units
         return Tile(128, 64, 16, 8, 3, 16)
     depth, chunk = (32, 32) if dtype == torch.float32 else (64, 128)
-    if major == 8:  # mma.sync takes its operands from registers
+    if not from_shared_memory(major):
         return Tile(64, 64, 32, 4, 3, 32) if dtype == torch.float32 else Tile(128, 64, 64, 8, 3, 64)
     if -(-d_out // 128) * -(-d_in // 128) < processors:
         return Tile(64, 128, depth, 4, 3, chunk // 2)

@@ -42,11 +42,13 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_config(dtype: torch.dtype, r0: int, r1: int) -> Tile:
-    """The largest tile that spills no registers; fp32 is multiplied on the FMA units."""
+def tile_config(dtype: torch.dtype, r0: int, r1: int, major: int) -> Tile:
+    """The largest tile that spills no registers on this compute capability; fp32 is multiplied on the FMA units."""
     if dtype == torch.float32:
         return Tile(32, 32, 32, 4, 3) if max(r0, r1) <= 32 else Tile(64, 64, 32, 4, 3)
-    return Tile(64, 64, 64, 4, 3) if min(r0, r1) <= 64 else Tile(128, 128, 64, 8, 3)
+    if min(r0, r1) > 64:
+        return Tile(128, 128, 64, 8, 3)
+    return Tile(64, 64, 32 if major == 12 else 64, 4, 3)
 
 
 SPLIT_ROWS = 256  # per segment and program at least, on average
@@ -96,14 +98,16 @@ def segment_products_kernel(  # type: ignore[no-untyped-def]
     tl.store(out, product, mask=(a_column < r0)[:, None] & (b_column < r1)[None, :])
 
 
-def launch(u: Tensor, v: Tensor, rows: int, order: Tensor | None, offsets: Tensor, processors: int) -> Tensor:
+def launch(
+    u: Tensor, v: Tensor, rows: int, order: Tensor | None, offsets: Tensor, processors: int, major: int
+) -> Tensor:
     """Run the Triton kernel on non-empty u [E * M, r0], v [E * M, r1] with M = ``rows``: [S, r0, r1] in float32."""
     u = u if u.stride(1) == 1 else u.contiguous()
     v = v if v.stride(1) == 1 else v.contiguous()
     (count, r0), r1, segments = u.shape, v.shape[1], offsets.shape[0] - 1
     if u.dtype != v.dtype:  # one side is sketched, the other is the identity
         u, v = u.float(), v.float()
-    tile = tile_config(u.dtype, r0, r1)
+    tile = tile_config(u.dtype, r0, r1, major)
     tiles = triton.cdiv(r0, tile.height) * triton.cdiv(r1, tile.width)
     splits = min(2 * processors // tiles, triton.cdiv(count, SPLIT_ROWS), PARTIALS // (segments * r0 * r1))
     splits = max(1, splits)
