@@ -92,8 +92,8 @@ def _panel(title: str, frame: _Frame, lines: dict[str, list[tuple[float, float]]
         parts.append(f'<line class="grid"{dark} x1="{_LEFT:g}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="dim end" x="{_LEFT - 6:g}" y="{y + 4:.1f}">{tick:g}</text>')
     for tasks in sorted({tasks for line in lines.values() for tasks, _ in line}):
-        place = f'x="{frame.x(tasks):.1f}" y="{_HEIGHT - _BOTTOM + 18:g}"'
-        parts.append(f'<text class="dim mid" {place}>{tasks:g}</text>')
+        x, y = frame.x(tasks), _HEIGHT - _BOTTOM + 18
+        parts.append(f'<text class="dim mid" x="{x:.1f}" y="{y:g}">{tasks:g}</text>')
     parts.append(f'<text class="dim mid" x="{(_LEFT + right) / 2:g}" y="{_HEIGHT - 4:g}">tasks</text>')
     names = sorted(lines, key=lambda name: frame.y(lines[name][-1][1]))
     places = _spread([frame.y(lines[name][-1][1]) for name in names])

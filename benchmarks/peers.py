@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .models import Setting, losses
 from .training import Step
@@ -185,13 +186,15 @@ class VmapGrad(_Peer):
 
     def micro_batch(self, tokens: Tensor, ids: Tensor) -> None:
         named = dict(self.model.named_parameters())
+        values = {name: p.detach() for name, p in named.items()}  # else the gradients have a graph of their own
 
         def loss(values: dict[str, Tensor], example: Tensor) -> Tensor:
             return losses(functools.partial(torch.func.functional_call, self.model, values), example[None])[0] / len(
                 tokens
             )
 
-        grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(named, tokens)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused one has no batching rule: it warns, and is as fast
+            grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, tokens)
         self.sum_by_task(((p, grads[name]) for name, p in named.items()), ids, set_grad=True)
 
 
