@@ -29,7 +29,7 @@ _COLORS = {  # of what gives a Gram of tasks; of two ways of one library the che
 }
 _OURS = ("sketch", "exact_gram")
 _WIDTH, _HEIGHT = 468.0, 330.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 40.0, 150.0, 36.0, 40.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 40.0, 162.0, 36.0, 40.0
 _LINE = 14.0  # between two names
 _TICKS = (1, 1.5, 2, 3, 5, 10, 20, 50, 100)
 
@@ -114,7 +114,7 @@ def _line(name: str, frame: _Frame, line: list[tuple[float, float]], place: floa
     leader = f"{x + 4:.1f},{y:.1f} {right + 8:g},{place:.1f}"
     parts.append(f'<polyline class="grid" fill="none" style="stroke:{color};stroke-opacity:.5" points="{leader}"/>')
     last = line[-1][1]
-    label = f"{name} {last:.2f}" if last < 3 else f"{name} {last:.0f}"
+    label = f"{name} {last:.{2 if last < 3 else 1 if last < 10 else 0}f}"
     parts.append(f'<text style="fill:{color}"{weight} x="{right + 12:g}" y="{place + 4:.1f}">{escape(label)}</text>')
     return "".join(parts)
 
