@@ -29,7 +29,7 @@ _COLORS = {  # of what gives a Gram of tasks; of two ways of one library the che
 }
 _OURS = ("sketch", "exact_gram")
 _WIDTH, _HEIGHT = 468.0, 330.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 40.0, 150.0, 36.0, 40.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 40.0, 162.0, 36.0, 40.0
 _LINE = 14.0  # between two names
 _TICKS = (1, 1.5, 2, 3, 5, 10, 20, 50, 100)
 
@@ -92,8 +92,8 @@ def _panel(title: str, frame: _Frame, lines: dict[str, list[tuple[float, float]]
         parts.append(f'<line class="grid"{dark} x1="{_LEFT:g}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="dim end" x="{_LEFT - 6:g}" y="{y + 4:.1f}">{tick:g}</text>')
     for tasks in sorted({tasks for line in lines.values() for tasks, _ in line}):
-        place = f'x="{frame.x(tasks):.1f}" y="{_HEIGHT - _BOTTOM + 18:g}"'
-        parts.append(f'<text class="dim mid" {place}>{tasks:g}</text>')
+        x, y = frame.x(tasks), _HEIGHT - _BOTTOM + 18
+        parts.append(f'<text class="dim mid" x="{x:.1f}" y="{y:g}">{tasks:g}</text>')
     parts.append(f'<text class="dim mid" x="{(_LEFT + right) / 2:g}" y="{_HEIGHT - 4:g}">tasks</text>')
     names = sorted(lines, key=lambda name: frame.y(lines[name][-1][1]))
     places = _spread([frame.y(lines[name][-1][1]) for name in names])
@@ -114,7 +114,7 @@ def _line(name: str, frame: _Frame, line: list[tuple[float, float]], place: floa
     leader = f"{x + 4:.1f},{y:.1f} {right + 8:g},{place:.1f}"
     parts.append(f'<polyline class="grid" fill="none" style="stroke:{color};stroke-opacity:.5" points="{leader}"/>')
     last = line[-1][1]
-    label = f"{name} {last:.2f}" if last < 3 else f"{name} {last:.0f}"
+    label = f"{name} {last:.{2 if last < 3 else 1 if last < 10 else 0}f}"
     parts.append(f'<text style="fill:{color}"{weight} x="{right + 12:g}" y="{place + 4:.1f}">{escape(label)}</text>')
     return "".join(parts)
 

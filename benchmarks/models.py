@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,7 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))
 
 
-def losses(model: nn.Module, tokens: Tensor) -> Tensor:
+def losses(model: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
     """[B]: the mean loss of every example of tokens [B, L + 1]."""
     logits, targets = model(tokens[:, :-1]), tokens[:, 1:]
     each = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")

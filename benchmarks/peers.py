@@ -17,10 +17,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .models import Setting, losses
 from .training import Step
@@ -89,9 +89,11 @@ class SubBatches(TBackwards):
 
 
 class Autojac(_Peer):
-    """``chunk``: how many losses go backward at a time; ``None``, TorchJD's default, for all."""
+    """One loss goes backward after the other."""
 
-    def __init__(self, setting: Setting, chunk: int | None = 1) -> None:
+    chunk: int | None = 1  # losses at a time
+
+    def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         from torchjd.aggregation import GramianWeightedAggregator, Weighting  # type: ignore[import-not-found]
 
@@ -102,7 +104,7 @@ class Autojac(_Peer):
                 self.gramian = gramian
                 return gramian.new_ones(len(gramian))
 
-        self.chunk, self.weighting = chunk, Ones()
+        self.weighting = Ones()
         self.aggregator = GramianWeightedAggregator(self.weighting)
 
     def micro_batch(self, tokens: Tensor, ids: Tensor) -> None:
@@ -111,6 +113,10 @@ class Autojac(_Peer):
         backward(self.parts(tokens, ids), inputs=self.params, parallel_chunk_size=self.chunk)
         jac_to_grad(self.params, self.aggregator, optimize_gramian_computation=True)
         self.product = self.weighting.gramian
+
+
+class AutojacVmapped(Autojac):
+    largest, chunk = 3e7, None  # TorchJD's default
 
 
 class Autogram(_Peer):
@@ -185,13 +191,15 @@ class VmapGrad(_Peer):
 
     def micro_batch(self, tokens: Tensor, ids: Tensor) -> None:
         named = dict(self.model.named_parameters())
+        values = {name: p.detach() for name, p in named.items()}  # else the gradients have a graph of their own
 
         def loss(values: dict[str, Tensor], example: Tensor) -> Tensor:
             return losses(functools.partial(torch.func.functional_call, self.model, values), example[None])[0] / len(
                 tokens
             )
 
-        grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(named, tokens)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused one has no batching rule: it warns, and is as fast
+            grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, tokens)
         self.sum_by_task(((p, grads[name]) for name, p in named.items()), ids, set_grad=True)
 
 
@@ -244,12 +252,12 @@ class GhostDot(_Peer):
         self.product += (sums @ sums.mT).triu()
 
 
-def peers() -> dict[str, Any]:
+def peers() -> dict[str, type[Step]]:
     """Makers by name, of those whose package is installed."""
-    found: dict[str, Any] = {"T backwards": TBackwards, "T sub-batches": SubBatches}
+    found: dict[str, type[Step]] = {"T backwards": TBackwards, "T sub-batches": SubBatches}
     if find_spec("torchjd"):
         found["TorchJD autojac"] = Autojac
-        found["TorchJD autojac, vmapped"] = functools.partial(Autojac, chunk=None)
+        found["TorchJD autojac, vmapped"] = AutojacVmapped
         found["TorchJD autogram"] = Autogram
         found["TorchJD autogram, T losses"] = AutogramOfTasks
     if find_spec("opacus"):

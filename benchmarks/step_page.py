@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-_WORST = {"gram": "Gram", "norms": "norms", "grad": "gradient"}
-
 
 def page(result: dict[str, Any]) -> str:
     machine, cases = result["machine"], result["cases"]
@@ -20,6 +18,8 @@ def page(result: dict[str, Any]) -> str:
     if cases:
         lines += ["", "## taskgrad", "", *_ratios(cases, peer=False)]
         lines += ["", "## Peers", "", *_ratios(cases, peer=True), "", *_what_peers_give(cases)]
+        lines += ["", "† on a decoder without a tied weight, with position ids [B, L], beside that one's plain step."]
+        lines += ["", "## Not timed, or not on the decoder as it is", "", *_left_out(cases)]
         lines += ["", "## Peak memory", "", *_memory(cases)]
     if result["failed"]:
         lines += ["", "## Failed", "", *(f"- {name}: {reason}" for name, reason in result["failed"].items())]
@@ -42,33 +42,32 @@ def _ratio(variant: dict[str, Any] | None) -> str:
         return ""
     if "ratio" not in variant:
         return "–"
-    mark = " †" if variant["model"] else ""
+    mark = " †" if variant["adapted"] else ""
     digits = 1 if variant["ratio"] > 3 else 2
     spread = "" if variant["spread"] is None else f" ± {variant['spread']:.{digits}f}"
     return f"{variant['ratio']:.{digits}f}{spread}{mark}"
 
 
 def _what_peers_give(cases: dict[str, Any]) -> list[str]:
-    rows, notes = [], []
-    for name in _names(cases, lambda v: v["peer"]):
-        found = {case: c["variants"][name] for case, c in cases.items() if name in c["variants"]}
-        errors = [v["errors"] for v in found.values() if "errors" in v]
-        worst = {key: max(e[key] for e in errors if key in e) for key in _WORST if any(key in e for e in errors)}
-        gives = next((v["gives"] for v in found.values() if "gives" in v), "")
-        grad = "yes" if errors else "–"  # what leaves another gradient is not timed
-        rows.append([name, gives, grad, ", ".join(f"{_WORST[k]} {e:.0e}" for k, e in worst.items())])
-        said: dict[str, list[str]] = {}
-        for case, v in found.items():
-            for model, reason in v.get("off", {}).items():
-                said.setdefault(
-                    f"on {'the decoder' if model == 'the decoder' else f'one that is {model}'}: {reason}", []
-                ).append(case)
-            if "off" not in v and "not run" in v:
-                said.setdefault(v["not run"], []).append(case)
-        notes += [f"- {name}, {reason} ({'; '.join(where)})" for reason, where in said.items()]
-    table = _table(["", "gives", "`param.grad` right", "largest relative error"], rows)
-    mark = "† on a decoder without a tied weight, with position ids [B, L], beside that one's plain step."
-    return [*table, "", mark, *(["", *notes] if notes else [])]
+    rows = []
+    for name in _names(cases, lambda v: v["peer"] and "ratio" in v):
+        found = [v for case in cases.values() if "ratio" in (v := case["variants"].get(name, {}))]
+        worst = {key: max(v["errors"][key] for v in found) for key in found[0]["errors"]}
+        errors = ", ".join(f"{key} {error:.0e}" for key, error in worst.items())
+        rows.append([name, found[0]["gives"], "yes", errors])  # what leaves another gradient is not timed
+    return _table(["", "gives", "`param.grad` right", "largest relative errors"], rows)
+
+
+def _left_out(cases: dict[str, Any]) -> list[str]:
+    """A line for every variant and reason, with the cases."""
+    found: dict[str, list[str]] = {}
+    for case_name, case in cases.items():
+        for name, v in case["variants"].items():
+            reasons = [f"on {model}: {reason}" for model, reason in v.get("off", {}).items()]
+            reasons += [v[key] for key in ("not run", "peak failed") if key in v]
+            for reason in reasons:
+                found.setdefault(f"{name}, {reason}", []).append(case_name)
+    return [f"- {text} ({'; '.join(names)})" for text, names in found.items()] or ["Nothing."]
 
 
 def _memory(cases: dict[str, Any]) -> list[str]:

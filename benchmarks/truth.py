@@ -47,20 +47,22 @@ class Truth:
 
     def errors(self, step: Step) -> tuple[dict[str, float], float]:
         """Relative errors, in the Frobenius norm, of what ``step`` says of itself ("gram" or "norms") and of the
-        parameters' gradients ("grad"), at the model's start; and the milliseconds of the step's passes.
+        parameters' gradients ("grad"), at the model's start; and the milliseconds that the first of its steps took.
 
-        It takes ``step.every`` steps.
+        ``step.every`` steps are taken.
         """
         start = time.perf_counter()
         step.backward()
-        taken = (time.perf_counter() - start) * 1e3
+        taken = (time.perf_counter() - start) * 1e3  # what is read below must be read before the step closes
         squares = [
             (float((p.grad.double() - g).square().sum()), float(g.double().square().sum()))
             for p, g in zip(step.params, self.grads, strict=True)
             if p.grad is not None
         ]
         without = sum(p.grad is None for p in step.params)
+        start = time.perf_counter()
         step.close()
+        taken += (time.perf_counter() - start) * 1e3
         for _ in range(step.every - 1):
             step()
         found = {
