@@ -1,32 +1,48 @@
-"""Everything that needs a GPU, in one command for whoever has one: ``python -m benchmarks.gpu``.
+"""Everything that needs a GPU, in three calls of under ten minutes each: ``python -m benchmarks.gpu --call 1``.
 
-    part      what                                                            budget, seconds   timing of a case
-    wgrad     weight gradients with per-task statistics (gpu_wgrad.py)              190               5
-    streams   the kernels that memory limits (gpu_streams.py)                        90               2
-    step      whole training steps (gpu_step.py)                                    190              20
-    profile   kernel by kernel, a plain and tracked steps (not by default)           60               -
+    call  part        what                                                                   seconds at most
+    1     doctor      versions, device, kernels in force                                                  30
+          kernels     every kernel on small shapes against float64; compiles them                        100
+          tests       pytest -m gpu, but what is compiled by torch or repeated                           140
+          gpt2        whole steps of GPT-2, 8 x 1024 tokens (gpu_step.py)                                160
+          gpt2-32k    the same at 32 x 1024, without T backwards                                         130
+    2     profile     kernel by kernel, with launch counts, a plain and tracked steps of GPT-2            90
+          wgrad       weight gradients with per-task statistics, T = 8 (gpu_wgrad.py)                    210
+          streams     the kernels that memory limits, sketch_params first (gpu_streams.py)               180
+    3     1b          whole steps of a stack of a billion parameters                                     170
+          wgrad-more  T = 32 and 128, N = 32768                                                          130
+          tests-slow  pytest -m gpu, what is compiled by torch or repeated                               170
+          memcheck    the kernels under compute-sanitizer                                                 90
 
-Each part is a process of its own, so a kernel that breaks the CUDA context ends one part only. A part writes
-``results/gpu-<part>-<gpu>.json`` and ``.md`` after every case; when its budget is used up the cases that remain are
-listed there as left out. Ceilings are measured at the beginning and at the end of each part, clocks and power are read
+Each part is a process of its own, ended when its time is up, so a kernel that hangs or breaks the CUDA context ends one
+part only. Its lines go to ``<out>/<part>.log`` as they come; measurements are in ``<out>/gpu-<part>-<gpu>.json`` and
+``.md`` after every case, of a whole step after every variant. A case is checked before it is timed, so a wrong kernel
+costs its own times and no others. Called again with the same ``--out``, what ended well is left out, and so are the
+cases that are there. Ceilings are measured at the beginning and at the end of each part, clocks and power are read
 (never set). The command's status is 1 if a kernel was wrong or a part did not end.
 
-    python -m benchmarks.gpu                                   # everything in about nine minutes
+    python -m benchmarks.gpu --call 1 --out /tmp/gpu
+    python -m benchmarks.gpu                                   # all three
     python -m benchmarks.gpu --part wgrad --full --seconds 3000
     python -m benchmarks.gpu --part wgrad --only "d=4096x4096 N=8192 T=8" --without loop --without panelled
-    python -m benchmarks.gpu --device cpu --tiny --out /tmp/tryout   # the harness itself, without a GPU
+    python -m benchmarks.gpu --call 2 --device cpu --tiny --out /tmp/tryout   # the harness itself, without a GPU
     python -m benchmarks.roofline                              # pictures from what was measured
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +51,73 @@ import torch
 from . import gpu_step, gpu_streams, gpu_timing, gpu_wgrad, timing
 from .gpu_timing import DeviceLost
 
-BUDGETS = {"wgrad": 190.0, "streams": 90.0, "step": 190.0, "profile": 60.0}
-DEFAULT = ("wgrad", "streams", "step")
+KINDS = ("wgrad", "streams", "step", "profile")  # that measure, in this module
 PER_CASE = {"wgrad": 5.0, "streams": 2.0, "step": 20.0}  # seconds of timing
-GRACE = 40.0  # seconds past its budget after which a part is ended
+CALL_SECONDS = 570.0
+GRACE = 30.0  # seconds at the end of a part in which no case begins
+AT_LENGTH = "compiled or repeat or cuda_graph or sanitizer"  # tests that torch compiles something for, or repeat
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process: one of ``KINDS`` with options of this module, or a command of its own.
+
+    Attributes:
+        name: of its files.
+        kind: what it measures; ``None`` for a command.
+        seconds: after which it is ended.
+        options: of this module, or the arguments of Python.
+    """
+
+    name: str
+    kind: str | None
+    seconds: float
+    options: tuple[str, ...] = ()
+
+    def command(self, given: list[str], device: str) -> list[str]:
+        if self.kind is None:
+            return [sys.executable, *(device if option == "DEVICE" else option for option in self.options)]
+        inside = ["--inside", "--part", self.kind, "--name", self.name, "--seconds", str(self.seconds)]
+        # of several --part and --name the process takes the first, of others the last
+        return [sys.executable, "-m", "benchmarks.gpu", *inside, *self.options, *given]
+
+
+PYTEST = ("-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-o", "filterwarnings=default", "-k")
+CALLS: dict[int, tuple[Part, ...]] = {
+    1: (
+        Part("doctor", None, 30, ("-c", "import sys, taskgrad.cli; sys.exit(taskgrad.cli.main(['doctor']))")),
+        Part("kernels", None, 100, ("-m", "benchmarks.sanitize", "--inside", "--device", "DEVICE")),
+        Part("tests", None, 140, (*PYTEST, f"not ({AT_LENGTH})")),
+        Part("gpt2", "step", 160, ("--only", "GPT-2 8k")),
+        Part("gpt2-32k", "step", 130, ("--only", "GPT-2 32k", "--without", "T backwards", "--without", "torchjd")),
+    ),
+    2: (
+        Part("profile", "profile", 90, ("--only", "GPT-2 8k")),
+        Part("wgrad", "wgrad", 210, ("--only", "N=8192 T=8", "--only", "N=2048 T=8")),
+        Part("streams", "streams", 180),
+    ),
+    3: (
+        Part("1b", "step", 170, ("--only", "1B stack", "--without", "torchjd")),
+        Part("wgrad-more", "wgrad", 130, ("--only", "T=32", "--only", "T=128", "--only", "N=32768")),
+        Part("tests-slow", None, 170, (*PYTEST, AT_LENGTH)),
+        Part("memcheck", None, 90, ("-m", "benchmarks.sanitize", "--tool", "memcheck")),
+    ),
+}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", action="append", choices=list(BUDGETS), help="default: " + " ".join(DEFAULT))
-    parser.add_argument("--only", help="cases whose name contains this")
+    parser.add_argument("--call", type=int, action="append", choices=list(CALLS), help="default: all, one by one")
+    parser.add_argument("--part", action="append", choices=KINDS, help="one kind of measurement alone, all cases")
+    parser.add_argument("--only", action="append", default=[], help="cases whose name contains this")
     parser.add_argument("--without", action="append", default=[], help="leave out variants whose name contains this")
     parser.add_argument("--full", action="store_true", help="the whole grid of shapes")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes: to try the harness")
-    parser.add_argument("--seconds", type=float, help="budget of each part chosen")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, all of them: to try the harness")
+    parser.add_argument("--seconds", type=float, help="time of each part chosen by --part, default 300")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--out", type=Path, default=timing.RESULTS)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--name", action="append", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -63,26 +129,81 @@ def main(arguments: list[str] | None = None) -> int:
             "The CPU benchmarks run on their own, for example: python -m benchmarks.sum_gram"
         )
     args.out.mkdir(parents=True, exist_ok=True)
-    parts = args.part or list(DEFAULT)
     if args.inside:
-        return run_part(parts[0], args)
-    given = sys.argv[1:] if arguments is None else arguments
-    results = {part: start_part(part, given, args.seconds or BUDGETS[part]) for part in parts}
-    print("\n".join(f"{part}: {result}" for part, result in results.items()))
-    return int(any(result != "ended well" for result in results.values()))
+        return run_part(args.part[0], args)
+    if args.part:
+        chosen = [tuple(Part(kind, kind, args.seconds or 300.0) for kind in args.part)]
+    else:
+        chosen = [CALLS[call] for call in args.call or CALLS]
+    shared = ["--device", args.device, "--out", str(args.out.resolve())]
+    shared += [flag for flag in ("--full", "--tiny") if getattr(args, flag[2:])]
+    for kind in ("only", "without"):
+        shared += [word for value in getattr(args, kind) for word in (f"--{kind}", value)]
+    good = True
+    for parts in chosen:
+        good &= run_call(parts, shared, args.device, args.out, None if args.part else CALL_SECONDS)
+    return int(not good)
 
 
-def start_part(part: str, given: list[str], budget: float) -> str:
-    """Run one part in a process of its own."""
-    # of several --part the process takes the first
-    command = [sys.executable, "-m", "benchmarks.gpu", "--inside", "--part", part, *given]
+def run_call(parts: tuple[Part, ...], shared: list[str], device: str, out: Path, seconds: float | None) -> bool:
+    """Run what has not ended well before; whether all has now. ``<out>/parts.json`` keeps how each part ended."""
+    kept = out / "parts.json"
+    results: dict[str, str] = json.loads(kept.read_text()) if kept.exists() else {}
     start = time.perf_counter()
+    for part in parts:
+        if results.get(part.name) == "ended well":
+            print(f"--- {part.name}: ended well before", flush=True)
+            continue
+        left = part.seconds if seconds is None else min(part.seconds, seconds - (time.perf_counter() - start))
+        results[part.name] = run_process(part, shared, device, out, left) if left > 1 else "left out, no time was left"
+        scratch = kept.with_suffix(".part")
+        scratch.write_text(json.dumps(results, indent=1) + "\n")
+        scratch.replace(kept)
+    print("\n".join(f"{part.name}: {results[part.name]}" for part in parts), flush=True)
+    return all(results[part.name] == "ended well" for part in parts)
+
+
+def run_process(part: Part, shared: list[str], device: str, out: Path, seconds: float) -> str:
+    """Run one part, its lines to the terminal and to its log as they come; how it ended."""
+    print(f"--- {part.name}", flush=True)
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        part.command(shared, device),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        cwd=timing.RESULTS.parents[1],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    late = threading.Event()
+
+    def kill() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it started holds its output open
+
+    def end() -> None:
+        late.set()
+        kill()
+
+    timer = threading.Timer(seconds, end)
+    timer.start()
     try:
-        code = subprocess.run(command, timeout=budget + GRACE, cwd=timing.RESULTS.parents[1]).returncode
-    except subprocess.TimeoutExpired:
-        return f"ended after {budget + GRACE:.0f} s"
-    took = time.perf_counter() - start
-    print(f"--- {part}: {took:.0f} s", flush=True)
+        with process.stdout, (out / f"{part.name}.log").open("w") as log:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                log.write(line)
+                log.flush()
+        code = process.wait()
+    finally:
+        timer.cancel()
+        if process.returncode is None:  # interrupted
+            kill()
+    print(f"--- {part.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    if late.is_set():
+        return f"ended after {seconds:.0f} s"
     return "ended well" if code == 0 else f"status {code}"
 
 
@@ -92,7 +213,8 @@ class Record:
     def __init__(self, part: str, args: argparse.Namespace, device: torch.device) -> None:
         self.device = device
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self.stem = args.out / f"gpu-{part}-{re.sub(r'[^A-Za-z0-9]+', '-', gpu).lower()}"
+        name = args.name[0] if args.name else part
+        self.stem = args.out / f"gpu-{name}-{re.sub(r'[^A-Za-z0-9]+', '-', gpu).lower()}"
         size = 64 if args.tiny else 8192
         self.size, self.seconds = size, 0.05 if args.tiny else 2.0
         self.found: dict[str, Any] = {
@@ -101,17 +223,32 @@ class Record:
             "machine": timing.machine(device),
             "gpu before": gpu_timing.gpu_state(),
             "ceilings": gpu_timing.ceilings(device, size, self.seconds),
-            "rows": [],
+            "rows": self.before(),
             "left out": [],
             "failed": [],
         }
+        self.write()
+
+    def before(self) -> list[dict[str, Any]]:
+        """The cases that an earlier run of the part came to an end with, and with no variant that failed."""
+        path = self.stem.with_suffix(".json")
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        return [r for r in rows if not r.get("partial") and not any("failed" in v for v in r["variants"].values())]
 
     @property
     def ceilings(self) -> dict[str, float]:
         return self.found["ceilings"]
 
+    def has(self, name: str) -> bool:
+        return any(row["case"] == name for row in self.found["rows"])
+
+    def partial(self, row: dict[str, Any]) -> None:
+        """Keep what is known of a case that is not through."""
+        self.found["rows"] = [r for r in self.found["rows"] if r["case"] != row["case"]] + [{**row, "partial": True}]
+        self.write()
+
     def add(self, row: dict[str, Any]) -> None:
-        self.found["rows"].append(row)
+        self.found["rows"] = [r for r in self.found["rows"] if r["case"] != row["case"]] + [row]
         for name, variant in row["variants"].items():
             if "failed" in variant:
                 self.found["failed"].append(f"{row['case']}, {name}: {variant['failed']}")
@@ -173,7 +310,7 @@ def table(row: dict[str, Any]) -> Iterator[str]:
             name,
             f"{middle:.4g}",
             f"{low:.4g}-{high:.4g}",
-            f"{found['ratio'][1]:.3f}",
+            f"{found['ratio'][1]:.3f}" if "ratio" in found else "",
             *(f"{found[key]:.4g}" if key in found else "" for key in ("TFLOP/s", "GB/s")),
             f"{100 * found['of ceiling']:.0f} %" if "of ceiling" in found else "",
             f"{found['host ms']:.3g}",
@@ -186,25 +323,26 @@ def table(row: dict[str, Any]) -> Iterator[str]:
 def run_part(part: str, args: argparse.Namespace) -> int:
     start = time.perf_counter()
     device = torch.device(args.device)
-    budget = args.seconds or BUDGETS[part]
+    budget = (args.seconds or 300.0) - GRACE
     record = Record(part, args, device)
     lost = False
     for name, measure in work(part, args, device, record):
-        if args.only and args.only not in name:
+        if (args.only and not args.tiny and not any(only in name for only in args.only)) or record.has(name):
             continue
         if lost or time.perf_counter() - start > budget:
             record.found["left out"].append(name)
+            record.write()
             continue
         try:
             record.add(measure())
         except DeviceLost as error:
             lost = True
             record.found["failed"].append(f"{name}: the GPU was lost: {error}")
+            record.write()
         except Exception as error:  # a broken case must not cost the others
             record.found["failed"].append(f"{name}: {gpu_timing.describe(error)}")
             record.write()
     if lost:
-        record.write()
         print("\n".join(record.found["failed"]))
         return 1
     record.close()
@@ -215,12 +353,13 @@ def work(part: str, args: argparse.Namespace, device: torch.device, record: Reco
     """Names and measurements of a part, lazily: a case holds tensors."""
     seconds = 0.01 if args.tiny else PER_CASE.get(part, 0.0)
     if part in ("step", "profile"):
-        for plan in gpu_step.TINY if args.tiny else gpu_step.PLANS:
+        for plan in gpu_step.TINY if args.tiny else (*gpu_step.PLANS, *gpu_step.LONGER):
             if part == "step":
-                yield plan.name, lambda p=plan: gpu_step.measure(p, device, seconds, tuple(args.without))
+                without = tuple(args.without)
+                yield plan.title, lambda p=plan, w=without: gpu_step.measure(p, device, seconds, w, record.partial)
             else:
                 path = record.stem.with_name(f"{record.stem.name}-{plan.name.replace(' ', '-').lower()}.txt")
-                yield plan.name, lambda p=plan, f=path: profiled(p, device, f)
+                yield plan.title, lambda p=plan, f=path: profiled(p, device, f)
         return
     if part == "wgrad":
         shapes = gpu_wgrad.TINY if args.tiny else gpu_wgrad.FULL if args.full else gpu_wgrad.DEFAULT
@@ -234,7 +373,7 @@ def work(part: str, args: argparse.Namespace, device: torch.device, record: Reco
 
 def profiled(plan: gpu_step.Plan, device: torch.device, path: Path) -> dict[str, Any]:
     gpu_step.profile(plan, device, path)
-    return {"case": plan.name, "file": path.name, "variants": {}}
+    return {"case": plan.title, "file": path.name, "variants": {}}
 
 
 if __name__ == "__main__":

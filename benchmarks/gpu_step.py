@@ -43,12 +43,20 @@ class Plan:
     setting: Setting
     precision: str
 
+    @property
+    def title(self) -> str:
+        """With the tokens of a step: ``GPT-2 8k``."""
+        tokens = self.setting.batch * self.setting.length
+        return f"{self.name.removesuffix(' 124M')} {f'{tokens >> 10}k' if tokens >= 1024 else tokens}"
+
 
 PLANS = [
     Plan("GPT-2 124M", Setting(50304, 768, 12, 8, 1024, 8), "autocast"),
     Plan("1B stack", Setting(8192, 2048, 20, 8, 1024, 8, tied=False), "bfloat16"),
     Plan("GPT 29M", Setting(8192, 512, 8, 8, 1024, 8, tied=False), "autocast"),
 ]
+# once more, at lengths that arithmetic says nothing of
+LONGER = [Plan("GPT-2 124M", Setting(50304, 768, 12, 32, 1024, 8), "autocast")]
 TINY = [Plan("tiny", Setting(40, 16, 1, 4, 6, 2, tied=False), "autocast")]
 
 
@@ -170,8 +178,18 @@ def builders(plan: Plan, device: torch.device) -> dict[str, Callable[[], Step]]:
     return found
 
 
-def measure(plan: Plan, device: torch.device, seconds: float, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Check, memory and times of all variants of a plan, for about ``seconds`` after the checks."""
+def measure(
+    plan: Plan,
+    device: torch.device,
+    seconds: float,
+    without: tuple[str, ...] = (),
+    told: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Check, memory and times of all variants of a plan, for about ``seconds`` after the checks. ``told`` gets what is
+    known after every variant's check."""
+    with torch.device("meta"):
+        size = sum(p.numel() for p in Decoder(plan.setting).parameters())
+    case = {"case": plan.title, **asdict(plan.setting), "precision": plan.precision, "parameters": size}
     makers = {n: m for n, m in builders(plan, device).items() if n == "plain" or not any(w in n for w in without)}
     found: dict[str, dict[str, Any]] = {}
     truth: Tensor | None = None
@@ -188,6 +206,8 @@ def measure(plan: Plan, device: torch.device, seconds: float, without: tuple[str
             # too little memory, exact mode's own limit, or not our code: no time, and no failure either
             excused = isinstance(error, torch.OutOfMemoryError | ValueError) or name == "torchjd"
             found[name] = {"not timed" if excused else "failed": describe(error)}
+        print(f"{plan.title}, {name}: {found[name]}", flush=True)
+        told({**case, "rounds": 0, "variants": found})
         still_alive(device)
     left = {n: m for n, m in makers.items() if not {"failed", "not timed"} & found[n].keys()}
     times, host = in_turn(left, found, device, seconds)
@@ -197,17 +217,7 @@ def measure(plan: Plan, device: torch.device, seconds: float, without: tuple[str
         found[name]["host ms"] = host[name]
         if found[name].get("peak bytes") and found["plain"].get("peak bytes"):
             found[name]["memory ratio"] = round(found[name]["peak bytes"] / found["plain"]["peak bytes"], 4)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in Decoder(plan.setting).parameters())
-    rounds = len(times.get("plain", ()))
-    return {
-        "case": plan.name,
-        **asdict(plan.setting),
-        "precision": plan.precision,
-        "parameters": size,
-        "rounds": rounds,
-        "variants": found,
-    }
+    return {**case, "rounds": len(times.get("plain", ())), "variants": found}
 
 
 def alone(make: Callable[[], Step], device: torch.device) -> tuple[dict[str, Any], Tensor | None]:

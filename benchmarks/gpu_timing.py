@@ -118,13 +118,14 @@ def measure(
             still_alive(device)
     del truth
     times: dict[str, list[float]] = {}
-    if "error" in found[case.baseline]:  # checked, and right
-        runs = {name: case.variants[name].run for name in names if "error" in found[name]}
+    runs = {name: case.variants[name].run for name in names if "error" in found[name]}  # checked, and right
+    if runs:
         times, host = interleaved(runs, sets, device, seconds)
+        base = times.get(case.baseline)
         for name, values_ms in times.items():
-            base = times[case.baseline]
             found[name]["ms"] = percentiles(values_ms)
-            found[name]["ratio"] = percentiles([a / b for a, b in zip(values_ms, base, strict=True)])
+            if base is not None:
+                found[name]["ratio"] = percentiles([a / b for a, b in zip(values_ms, base, strict=True)])
             found[name]["host ms"] = host[name]
             found[name] |= rates(case, found[name]["ms"][1], limits)
         for name, before in first.items():

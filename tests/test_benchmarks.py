@@ -57,6 +57,90 @@ def test_a_budget_of_nothing_leaves_everything_out(tmp_path: Path) -> None:
     assert not found["rows"] and len(found["left out"]) == len(gpu_wgrad.TINY)
 
 
+def inside(out: Path, *more: str) -> int:
+    return gpu.main(["--inside", "--device", "cpu", "--tiny", "--out", str(out), *more])
+
+
+def test_cases_that_are_there_are_not_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "gpu-wgrad-cpu.json"
+    inside(tmp_path, "--part", "wgrad")
+    before = json.loads(path.read_text())
+    kept, failed, partial = before["rows"][0], dict(before["rows"][0]), dict(before["rows"][1])
+    inside(tmp_path, "--part", "wgrad")
+    assert json.loads(path.read_text())["rows"] == before["rows"]
+    failed = {**kept, "variants": {**kept["variants"], "loop": {"failed": "off"}}}
+    path.write_text(json.dumps({**before, "rows": [failed, {**partial, "partial": True}]}))
+    inside(tmp_path, "--part", "wgrad")
+    again = json.loads(path.read_text())["rows"]
+    assert [row["case"] for row in again] == [row["case"] for row in before["rows"]]
+    assert "ms" in again[0]["variants"]["loop"] and again[0] != kept and "partial" not in again[1]
+
+
+@pytest.mark.parametrize("call", gpu.CALLS)
+def test_a_call_ends_within_ten_minutes(call: int) -> None:
+    assert sum(part.seconds for part in gpu.CALLS[call]) <= gpu.CALL_SECONDS < 600
+    assert all(part.seconds > gpu.GRACE for part in gpu.CALLS[call] if part.kind)
+
+
+def test_calls_choose_cases_that_exist_and_measure_all_of_the_grid() -> None:
+    parts = {part.name: part for parts in gpu.CALLS.values() for part in parts}
+    assert len(parts) == sum(len(parts) for parts in gpu.CALLS.values())
+
+    def chosen(name: str, cases: list[str]) -> set[str]:
+        only = gpu.parse(list(parts[name].options)).only
+        assert all(any(o in case for case in cases) for o in only)
+        return {case for case in cases if any(o in case for o in only)}
+
+    shapes = [name for name, _ in gpu_wgrad.cases(gpu_wgrad.DEFAULT, CPU)]
+    assert chosen("wgrad", shapes) | chosen("wgrad-more", shapes) >= {n for n in shapes if "T=2" not in n.split()}
+    plans = [plan.title for plan in (*gpu_step.PLANS, *gpu_step.LONGER)]
+    assert chosen("gpt2", plans) == chosen("profile", plans) == {"GPT-2 8k"}
+    assert chosen("gpt2-32k", plans) == {"GPT-2 32k"} and chosen("1b", plans) == {"1B stack 8k"}
+
+
+def test_a_part_that_hangs_is_ended_and_its_lines_are_kept(tmp_path: Path) -> None:
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    hangs = gpu.Part("hangs", None, 5, ("-c", f"print('begun'); {child}"))
+    wrong = gpu.Part("wrong", None, 60, ("-c", "import sys; sys.exit(3)"))
+    good = gpu.Part("good", None, 60, ("-c", "print('done on', 'DEVICE')"))
+    assert not gpu.run_call((hangs, wrong, good), [], "cpu", tmp_path, 100)
+    found = json.loads((tmp_path / "parts.json").read_text())
+    assert found == {"hangs": "ended after 5 s", "wrong": "status 3", "good": "ended well"}
+    assert (tmp_path / "hangs.log").read_text() == "begun\n"
+    (tmp_path / "good.log").unlink()
+    assert gpu.run_call((good,), [], "cpu", tmp_path, 100) and not (tmp_path / "good.log").exists()
+    assert not gpu.run_call((wrong,), [], "cpu", tmp_path, 0.0)
+    assert "no time was left" in json.loads((tmp_path / "parts.json").read_text())["wrong"]
+
+
+@pytest.mark.slow
+def test_a_call_runs_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = (gpu.CALLS[1][0], gpu.CALLS[1][3], *gpu.CALLS[2])
+    monkeypatch.setitem(gpu.CALLS, 2, parts)
+    assert gpu.main(["--call", "2", "--device", "cpu", "--tiny", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "parts.json").read_text()) == {part.name: "ended well" for part in parts}
+    assert "taskgrad" in (tmp_path / "doctor.log").read_text()
+    for name in ("gpt2", "profile", "wgrad", "streams"):
+        found = json.loads((tmp_path / f"gpu-{name}-cpu.json").read_text())
+        assert found["rows"] and not found["failed"] and not found["left out"]
+        assert not any(row.get("partial") for row in found["rows"])
+
+
+@pytest.mark.slow
+def test_a_step_is_told_of_variant_by_variant() -> None:
+    told: list[int] = []
+    gpu_step.measure(gpu_step.TINY[0], CPU, 0.01, ("torchjd", "exact"), lambda row: told.append(len(row["variants"])))
+    assert told == [1, 2, 3]
+
+
+def test_a_wrong_baseline_costs_its_own_times_only() -> None:
+    off = case(good=Variant(lambda x: {"y": 2 * x}, {"y": 1e-6}))
+    off.variants["base"] = Variant(lambda x: {"y": 3 * x}, {"y": 1e-6})  # type: ignore[index]
+    found = gpu_timing.measure(off, CPU, LIMITS, 0.01)
+    assert "failed" in found["variants"]["base"] and found["variants"]["good"]["ms"][1] > 0
+    assert "| good |" in "\n".join(gpu.table(found))
+
+
 @pytest.mark.slow
 def test_a_whole_step_is_checked_and_timed() -> None:
     row = gpu_step.measure(gpu_step.TINY[0], CPU, 0.01)

@@ -21,7 +21,6 @@ import taskgrad.ops.triton as kernels  # noqa: E402
 from taskgrad.ops.triton import (  # noqa: E402
     embedding_stats,
     ghost_gram,
-    memory_dot,
     memory_read,
     memory_write,
     segment_sum,
@@ -112,7 +111,6 @@ def of_memory(tasks: int, numbers: int) -> None:
     memory_read.launch(ema, before, after, gradient, theta, to_mean, one)
     seen = torch.ones(tasks, dtype=torch.bool)
     memory_write.launch(ema, before, after, gradient, to_mean, seen, None, theta, theta, one, 0.9)
-    memory_dot.launch(ema, gradient)
 
 
 def of_sum_gram(tasks: int, numbers: int) -> None:
