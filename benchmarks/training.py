@@ -11,8 +11,6 @@ import taskgrad as tg
 
 from .models import Decoder, Setting, losses
 
-SETTLE = 4  # steps that check what later ones need not: rows, sums, coverage
-
 
 class Step:
     """A decoder and its optimizer; calling it is a whole step. All of a setting start from the same weights.
@@ -25,10 +23,12 @@ class Step:
         params: the model's parameters.
         gives: what one knows of the tasks' gradients after it.
         largest: T · P beyond which nobody waits for it.
+        settling: first steps that do more than later ones.
     """
 
     gives = "the gradient"
     largest = float("inf")
+    settling = 1
 
     def __init__(self, setting: Setting, *, micro: int = 1, shuffled: bool = False, clip: bool = False) -> None:
         self.setting, self.clip, self.every = setting, clip, 1
@@ -64,7 +64,7 @@ class Step:
         """Leave the first steps behind, on short sequences, which take less time."""
         whole = self.batches
         self.batches = [(tokens[:, : 2 + tokens.shape[1] // 8], ids) for tokens, ids in whole]
-        for _ in range(SETTLE * self.every):
+        for _ in range(self.settling * self.every):
             self()
         self.batches = whole
 
@@ -79,6 +79,8 @@ class Step:
 
 class Tracked(Step):
     """``outside``: of ``batch()``, after the first steps."""
+
+    settling = 4  # rows, sums and coverage are checked in them
 
     def __init__(
         self,
