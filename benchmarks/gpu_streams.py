@@ -73,12 +73,7 @@ def cases(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Callable[[]
     for rows in sizes.rows:
         found += [(segment_sum, *rows, False), (segment_sum, *rows, True), (norm_segment_sum, *rows)]
     found += [(embedding_stats, *size) for size in sizes.embeddings]
-<<<<<<< HEAD
     found += [(memory_read, *size) for size in sizes.memories]
-    found += [(sketch_params, d, dtype) for d in sizes.params for dtype in (torch.float32, torch.bfloat16)]
-=======
-    found += [(memory_dot, *size) for size in sizes.memories]
->>>>>>> cost-gpu
     for make, *arguments in found:
         yield case_name(make, *arguments), partial(make, *arguments, device)
 
