@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import taskgrad as tg
 from taskgrad.ops._register import Op
@@ -88,6 +89,44 @@ def test_a_step_reads_nothing(mode: str, ids: str, where: str, monkeypatch: pyte
     train(mode, IDS[ids].to(where), monkeypatch)
     assert len(SENT) == 3, "one parcel a step"
     assert sum(value.numel() for value in SENT[-1].values()) < 1000
+
+
+class Waited(TorchFunctionMode):
+    """Copies of the host's values to the device that the host waits for."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in ("to", "tensor", "as_tensor", "copy_") and isinstance(out, Tensor) and out.is_meta:
+            given = args[1] if name == "copy_" else args[0]
+            if not (isinstance(given, Tensor) and given.is_meta) and not kwargs.get("non_blocking"):
+                self.seen.append(f"{name}{tuple(out.shape)}")
+        return out
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+@pytest.mark.parametrize("mode", ["sketch", "exact_gram", "exact"])
+def test_no_copy_to_the_device_is_waited_for(mode: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Waited() as waited:
+        torch.zeros(2).to("meta")
+        torch.tensor([1.0], device="meta")
+        torch.zeros(2).to("meta", non_blocking=True)
+        assert waited.seen == ["to(2,)", "tensor(1,)"]
+    collect = pipeline.Pipeline.collect
+    with Waited() as waited:
+
+        def first_of_all(self: Any, *args: Any) -> Any:
+            if not SENT:
+                waited.seen.clear()  # what the tracker and its first step set up
+            return collect(self, *args)
+
+        monkeypatch.setattr(pipeline.Pipeline, "collect", first_of_all)
+        train(mode, IDS["one"].to(where), monkeypatch, weight=torch.ones(6), weight_total=6)
+    assert waited.seen == [] and len(SENT) == 3
 
 
 @pytest.mark.parametrize("where", ["cpu", "meta"])
