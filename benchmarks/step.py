@@ -56,9 +56,12 @@ ASIS, ADAPTED = "the decoder as it is", "one untied, with position ids [B, L]"
 
 @dataclass(frozen=True)
 class Variant:
+    """``memory``: whether it may need other memory than its neighbours in the table."""
+
     make: Callable[[Setting], Step]
     beside: str = "plain"
     peer: bool = False
+    memory: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ QUICK = [Case("quick", Setting(40, 16, 1, 8, 6, 2), whole=True, memory=True, blo
 
 def variants(case: Case) -> dict[str, Variant]:
     def tracked(mode: Literal["sketch", "exact_gram", "exact"], beside: str = "plain", **options: Any) -> Variant:
-        return Variant(functools.partial(Tracked, mode=mode, **options), beside)
+        memory = not options or "micro" in options
+        return Variant(functools.partial(Tracked, mode=mode, **options), beside, memory=memory)
 
     found = {"plain": Variant(Step), "sketch": tracked("sketch"), "exact_gram": tracked("exact_gram")}
     if case.setting.tasks <= 8:
@@ -109,7 +113,7 @@ def variants(case: Case) -> dict[str, Variant]:
             "outside batch()": tracked("sketch", outside=True),
             "plain, 4 micro-batches": Variant(functools.partial(Step, micro=4), "plain, 4 micro-batches"),
             "exact_gram, 4 micro-batches": tracked("exact_gram", "plain, 4 micro-batches", micro=4),
-            "plain, clipped": Variant(functools.partial(Step, clip=True), "plain, clipped"),
+            "plain, clipped": Variant(functools.partial(Step, clip=True), "plain, clipped", memory=False),
             "sketch, clipped": tracked("sketch", "plain, clipped", clip=True),
         }
     if case.peers:
@@ -245,9 +249,9 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
 
 
 def memory(case: Case, found: dict[str, dict[str, Any]]) -> None:
-    """Peak memory of all variants that were timed, each in a process of its own."""
+    """Peak memory of the variants that were timed, each in a process of its own."""
     for name, variant in variants(case).items():
-        if "ratio" not in found[name]:
+        if "ratio" not in found[name] or not variant.memory:
             continue
         adapted = found[name]["adapted"]
         setting = replace(case.setting, tied=not adapted, batched_positions=adapted)

@@ -17,8 +17,12 @@ def page(result: dict[str, Any]) -> str:
     ]
     if cases:
         lines += ["", "## taskgrad", "", *_ratios(cases, peer=False)]
-        lines += ["", "## Peers", "", *_ratios(cases, peer=True), "", *_what_peers_give(cases)]
-        lines += ["", "† on a decoder without a tied weight, with position ids [B, L], beside that one's plain step."]
+        if _names(cases, lambda v: v["peer"]):
+            lines += ["", "## Peers", "", *_ratios(cases, peer=True), "", *_what_peers_give(cases)]
+            lines += [
+                "",
+                "† on a decoder without a tied weight, with position ids [B, L], beside that one's plain step.",
+            ]
         lines += ["", "## Not timed, or not on the decoder as it is", "", *_left_out(cases)]
         lines += ["", "## Peak memory", "", *_memory(cases)]
     if result["failed"]:
