@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import taskgrad as tg
+from tests.utils.ranks import on_two_ranks
 
 TASKS = ["a", "b", "c"]
 IDS = torch.tensor([0, 1, 2, 0, 1, -1])
@@ -371,3 +373,128 @@ def test_a_checkpoint_in_the_middle_of_an_unmeasured_step_is_told(tmp_path: Any)
         warnings.simplefilter("error")
         loop.optimizer.zero_grad()
         loop.step()
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_batch_in_a_step_between_measures_the_same_steps_as_the_others() -> None:
+    """Else one is in the packet's reduction while the other is in that of the gradients."""
+    on_two_ranks(_rank_without_a_batch)
+
+
+def _rank_without_a_batch(rank: int) -> None:
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(6, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = tg.track(model, TASKS, optimizer, every=2)
+    for step in range(8):
+        with tracker.batch(IDS) if rank or step != 3 else contextlib.nullcontext():
+            model(torch.randn(6, 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert tracker.report().step == step // 2 * 2 + 1 and tracker.report().valid
+
+
+def test_an_optimizer_that_took_the_place_of_the_tracked_one_is_told_between_too() -> None:
+    loop = Loop(every=2)
+    loop.step()
+    loop.optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="the last 10 reports have no numbers"):
+        for _ in range(13):
+            loop.step()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_exception_after_the_step_inside_of_the_batch_stays_the_user_s(number: int) -> None:
+    loop = Loop(every=2)
+    assert loop.tracker is not None
+    for _ in range(number):
+        loop.step()
+    with pytest.raises(KeyError, match="mine"), loop.tracker.batch(IDS):
+        loop.forward().mean().backward()
+        loop.optimizer.step()
+        raise KeyError("mine")
+
+
+def test_losses_of_a_step_that_is_taken_inside_of_the_batch() -> None:
+    loop = Loop(every=2)
+    assert loop.tracker is not None
+    seen = []
+    for number in range(5):
+        with loop.tracker.batch(IDS) as b:
+            losses = loop.forward()
+            b.losses(losses)
+            losses.mean().backward()
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+        loop.number += 1
+        seen.append(torch.stack([losses.detach()[t == IDS].mean() for t in range(3)]))
+        if number % 2 == 0:
+            report = loop.tracker.report()
+            torch.testing.assert_close(report.loss, torch.stack(seen).mean(0))
+            seen.clear()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("how", ["given up", "not finite", "no backward"])
+def test_losses_of_what_became_no_step_are_in_no_report(how: str, set_to_none: bool) -> None:
+    plain, loop = Loop(every=2), Loop(every=2)
+    assert loop.tracker is not None
+    for _ in range(2):  # between the two measured steps
+        plain.step(), loop.step()
+        with loop.tracker.batch(IDS) as b:
+            losses = loop.forward() * (torch.nan if how == "not finite" else 1e3)
+            b.losses(losses)
+            if how != "no backward":
+                losses.mean().backward()
+        loop.optimizer.zero_grad(set_to_none)
+    a, b = plain.step(), loop.step()
+    assert a is not None and b is not None
+    same_numbers(a, b)
+    assert loop.tracker.under_way == 0
+
+
+def test_a_step_between_whose_losses_are_not_finite_leaves_the_others() -> None:
+    loop = Loop(every=3)
+    assert loop.tracker is not None
+    loop.step()
+    with loop.tracker.batch(IDS) as b:
+        b.losses(torch.full((6,), torch.nan))
+        loop.forward().mean().backward()
+    loop.optimizer.step()
+    loop.optimizer.zero_grad()
+    loop.step()
+    report = loop.step()
+    assert report is not None and report.loss is not None and report.loss.isfinite().all()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_evaluations_do_not_decide_what_is_measured(inside: bool) -> None:
+    loop = Loop(every=100, max_unmeasured=3)
+    assert loop.tracker is not None
+    numbers = []
+    for _ in range(12):
+        ids = torch.full((6,), -1)
+        outer = contextlib.nullcontext() if inside else torch.no_grad()
+        with outer, loop.tracker.batch(ids), torch.no_grad():
+            loop.forward()
+        report = loop.step()
+        assert report is not None
+        numbers.append(report.step)
+    assert sorted(set(numbers)) == [1, 5, 9]
+
+
+def test_what_was_given_up_does_not_decide_either() -> None:
+    """An overdue task's step is given up; the next step, without it, does not count as one that measured it."""
+    loop = Loop(every=100, max_unmeasured=2)
+    assert loop.tracker is not None
+    rare, others = torch.tensor([2, 0]), torch.tensor([1, 1])
+    for ids in (rare, rare, rare):
+        loop.step(ids)
+    assert loop.tracker._steps.schedule.unmeasured.tolist() == [2, 0, 2]
+    with loop.tracker.batch(rare):
+        loop.forward(rare).mean().backward()
+    loop.optimizer.zero_grad()
+    loop.step(others)
+    assert loop.tracker._steps.schedule.unmeasured.tolist() == [2, 1, 2]
+    report = loop.step(rare)
+    assert report is not None and report.step == 5

@@ -80,6 +80,7 @@ def costs(
     def time(operations: float, moved: float) -> float:
         return max(operations / speed, moved / rates.bytes)
 
+    doubles = 8 // stat if device.type == "cpu" else 1  # there ghost_gram multiplies in float64
     activations = rows * (d_in + d_out) * item
     product = 2.0 * rows * entries
     gram = 2.0 * segments**2 * entries
@@ -93,7 +94,7 @@ def costs(
             + (tiles / rates.bytes if device.type == "cpu" else 0.0),
             _scratch(device, segments, entries, stat, item),
         ),
-        Cost("ghost", dense + time(rows**2 * (d_in + d_out), 2 * activations), 0),
+        Cost("ghost", dense + time(doubles * rows**2 * (d_in + d_out), 2 * activations), 0),
     )
     return dense, {cost.strategy: cost for cost in found}
 

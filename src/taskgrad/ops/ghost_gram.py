@@ -18,7 +18,6 @@ from torch import Tensor
 
 from . import _check
 from ._register import Triton, register, tf32_allowed
-from .segment_sum import stat_dtype
 from .segments import segments_at
 
 
@@ -29,9 +28,9 @@ def ghost_gram(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
         dy, x, offsets: as of ``wgrad_gram``.
 
     Returns:
-        The Gram [S, S] in float64, symmetric to the bit. It carries no gradient. Its rounding error (in float32, for
-        inputs that are not float64) is relative to Σ |x_n| |dy_n| over the segments' rows: where rows cancel each other
-        that is more than <G_s, G_t>.
+        The Gram [S, S] in float64, symmetric to the bit. It carries no gradient. On a GPU its rounding error (in
+        float32, for inputs that are not float64) is relative to Σ |x_n| |dy_n| over the segments' rows: where rows
+        cancel each other that is more than <G_s, G_t>. A CPU multiplies in float64.
 
     Raises:
         TypeError, ValueError: as ``wgrad_gram``.
@@ -43,7 +42,7 @@ def ghost_gram(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
 def reference(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     """``ghost_gram`` in plain torch, by blocks of rows, without a look at the values of ``offsets``. Also the CPU's
     way: its products are MKL's."""
-    dy, x = dy.to(stat_dtype(dy)), x.to(stat_dtype(x))
+    dy, x = dy.double(), x.double()  # rows may cancel each other
     rows, segments = dy.shape[0], offsets.shape[0] - 1
     gram = torch.zeros(segments, segments, dtype=torch.float64, device=dy.device)
     if dy.shape[1] == 0 or x.shape[1] == 0:  # 0, also where the other holds NaN
@@ -52,7 +51,7 @@ def reference(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     height = max(64, (1 << 20) // max(1, rows))  # 8 MiB of products at a time
     for start in range(0, rows, height):
         end = min(start + height, rows)
-        products = ((x[start:end] @ x[start:].mT) * (dy[start:end] @ dy[start:].mT)).double()
+        products = (x[start:end] @ x[start:].mT) * (dy[start:end] @ dy[start:].mT)
         products[:, : end - start] *= 0.5  # the block on the diagonal is there twice in gram + gram.mT
         bounds = (offsets - start).clamp(min=0)
         by_row = torch.segment_reduce(

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import nn
 
 from ..capture import Gauge, register_transformers
-from ..capture.accumulation import Accumulation
+from ..capture.accumulation import Accumulation, are_zero
 from ..capture.route import forget_compiled
 from ..capture.site import Owner, Site
 from ..capture.sketch import SketchMap, sketch_map
@@ -216,6 +216,14 @@ class Gauges(Columns):
         total = sum(p.numel() for p in trainable.values())
         covered = sum(trainable[n].numel() for n in attributed)
         return Coverage(attributed, missing, covered / total if total else 0.0, unverified)
+
+    def vanished(self) -> bool:
+        """Whether no parameter has a gradient any more; of those on a GPU only by ``None``, nothing is waited for."""
+        left = [p for p in self.live() if p.param.grad is not None]
+        if not left:
+            return True
+        smallest = min(left, key=lambda p: p.param.numel())
+        return self.device.type == "cpu" and all(are_zero([smallest])) and all(are_zero(left))
 
     def rest(self) -> None:
         """Listen to no gradients until ``refresh``."""

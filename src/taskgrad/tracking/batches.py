@@ -33,6 +33,7 @@ class Batch:
         task_losses: [T + 1], the rows' losses times their shares, summed by task; ``None`` without ``losses``.
         advance: whether it is one more batch of the loader, rather than a further one on the same.
         trained: it turned out to be no evaluation.
+        awaited: its losses are part of a graph that no backward pass has run through yet.
     """
 
     def __init__(
@@ -48,9 +49,10 @@ class Batch:
     ) -> None:
         self.ids = ids
         self.task_losses: Tensor | None = None
+        self.measured = True  # and its step
         self.graded = True  # entered with gradients on
         self.advance = advance  # and not counted yet
-        self.trained = False
+        self.trained = self.awaited = False
         self._weight, self._loss_weight = weight, loss_weight
         self._sort, self._enter, self._leave, self._ran = sort, enter, leave, ran
 
@@ -105,6 +107,12 @@ class Batch:
         offsets = sent(self.task_rows.offsets, values.device)
         sums = segment_sum(values, order, offsets)
         self.task_losses = sums / sent(self.task_rows.total, sums.device)
+        if not self.measured and per_row.requires_grad:
+            self.awaited = True
+            per_row.register_hook(self._arrived)
+
+    def _arrived(self, gradient: Tensor) -> None:
+        self.awaited = False
 
     def __enter__(self) -> Batch:
         self._enter(self)
@@ -134,6 +142,7 @@ class Batches:
         self.open = batch
         batch.graded = torch.is_grad_enabled()
         self.entered += batch.graded
+        batch.measured = measured
         if not measured:
             if batch.graded:
                 self.passed.append(batch)
@@ -145,8 +154,8 @@ class Batches:
     def leave(self, batch: Batch, failed: bool) -> None:
         self.open = None
         if self.active is None:
-            if failed and batch.graded:
-                self.passed.remove(batch)
+            if failed:  # a step may have closed inside of it
+                self.passed = deque((b for b in self.passed if b is not batch), PASSED)
             return
         self.active = None
         make_plain(batch.task_rows.shared)

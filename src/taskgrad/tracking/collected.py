@@ -74,9 +74,10 @@ class Carried:
         self.mass = torch.zeros_like(self.loss)
 
     def add(self, loss: Tensor, mass: Tensor) -> None:
-        device = self.loss.device
-        self.loss = self.loss + sent(loss, device)
-        self.mass = self.mass + sent(mass, device)
+        loss, mass = sent(loss, self.loss.device), sent(mass, self.loss.device)
+        finite = torch.isfinite(loss).all()  # a step of other losses would not be valid either
+        self.loss = self.loss + torch.where(finite, loss, 0.0)
+        self.mass = self.mass + torch.where(finite, mass, 0.0)
 
     def take(self) -> tuple[Tensor, Tensor]:
         """Both, which begin anew."""

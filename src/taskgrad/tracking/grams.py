@@ -110,7 +110,7 @@ class ByParameter:
             warnings.warn(
                 f"taskgrad: Gram, cosines and norms of step {step} are NaN: {printable(', '.join(surprised[:NAMED]))}"
                 f"{more} had one use a step before, and now more (a second micro-batch, or a second call). Their "
-                "gradients by task are kept from now on, so this is said once",
+                "gradients by task are kept from now on",
                 stacklevel=2,
             )
 

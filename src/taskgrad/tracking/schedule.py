@@ -25,6 +25,7 @@ class Schedule:
         self.unmeasured = torch.zeros(num_tasks, dtype=torch.int64, device="cpu")
         self.last = 0
         self._measured: bool | None = None  # the step under way, once that is decided
+        self._before: tuple[bool | None, Tensor] | None = None  # the last batch: that, and who was present
         self._present = torch.zeros(num_tasks, dtype=torch.bool, device="cpu")
 
     def resume(self, unmeasured: Tensor, last: int) -> None:
@@ -47,17 +48,23 @@ class Schedule:
             raise ValueError(
                 f"ids must be on the CPU with max_unmeasured, got {ids.device}: they say which steps are measured"
             )
+        self._before = self._measured, self._present
         present = torch.bincount(ids.reshape(-1) + 1, minlength=len(self.unmeasured) + 1)[1:] > 0
         if self._measured is None:
             missed = bool((present & (self.unmeasured >= self.max_unmeasured)).any())
             self._measured = count % self.every == 0 or missed
-        self._present |= present
+        self._present = self._present | present
         return self._measured
 
+    def take_back(self) -> None:
+        """The last batch was none that trains."""
+        if self._before is not None:
+            (self._measured, self._present), self._before = self._before, None
+
     def begin_anew(self) -> None:
-        """The step under way did not come: the next batch decides again."""
-        self._measured = None
-        self._present.zero_()
+        """The step under way did not come, or is over: the next batch decides again."""
+        self._measured = self._before = None
+        self._present = torch.zeros_like(self._present)
 
     def close(self, number: int, measured: bool) -> None:
         """The step with this number, from 1, is over."""

@@ -52,8 +52,12 @@ class Silence:
         )
 
     def hear(self, report: StepReport) -> None:
-        """A report, each once."""
+        """The report of a step, each once."""
         self.tasks(bool((report.tokens > 0).any()))
+        self.no_step(report)
+
+    def no_step(self, report: StepReport) -> None:
+        """The report of a step that did not come, which knows no rows."""
         self._reports = 0 if report.valid else self._reports + 1
         if self._reports == WITHOUT_NUMBERS:
             self._say("no numbers", f"the last {WITHOUT_NUMBERS} reports have no numbers. The newest: {report.reason}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.amp import GradScaler
@@ -92,20 +91,17 @@ class Steps:
         """Whether a backward pass came after the statistics under way were collected."""
         return bool(self._collected.names) and self._collected.passes != self.gauges.accumulation.count
 
-    def measures(self, ids: Tensor) -> bool:
-        """Whether the step that the batch with these ids belongs to is measured; the first one that trains decides."""
-        if torch.is_grad_enabled():
-            return self.schedule.enter(ids, self.count)
-        return self._measured
+    def measures(self, ids: Tensor, trains: bool) -> bool:
+        """Whether the step of a batch with these ids is measured; the first one that ``trains`` decides."""
+        self.abandon_if_vanished()
+        return self.schedule.enter(ids, self.count) if trains else self._measured
 
     @property
     def _measured(self) -> bool:
         return self.schedule.measures(self.count)
 
     def begin(self) -> None:
-        """Before a batch of a step that is measured: one that did not come is given up, parameters that changed since
-        are noticed."""
-        self.abandon_if_vanished()
+        """Before a batch of a step that is measured: parameters that changed since are noticed."""
         between = not any(b.task_rows.backward for b in self.batches.pending)
         if between:
             self._grams.begin()
@@ -137,13 +133,18 @@ class Steps:
             self.memory.forget_columns(gauge.columns)
 
     def abandon_if_vanished(self) -> None:
-        """Statistics whose gradients were zeroed before a step: the step will not come."""
+        """Gradients were zeroed before a step: it will not come."""
         if not self._measured:
+            if any(b.trained for b in self.batches.passed) and self.gauges.vanished():
+                self.batches.passed.clear()
+                self.schedule.begin_anew()
+                self.silence.no_step(self.nothing(REASONS["vanished"]))
             return
         ran = [b for b in self.batches.pending if b.task_rows.backward]
         self.gauges.accumulation.settle()
         if ran and not self.gauges.dirty and not self._collected.names:
             self.batches.pending = [b for b in self.batches.pending if not b.task_rows.backward]
+            self.schedule.begin_anew()
             self._no_step(REASONS["vanished"])
 
     def collect(self, params: Container[int] | None) -> None:
@@ -154,6 +155,17 @@ class Steps:
         accumulation, taken = self.gauges.accumulation, self._collected
         accumulation.settle(compare=False)
         self.drop_unattributed()
+        gauges = [
+            p
+            for name, p in self.gauges.gauges.items()
+            if name not in taken.names and (params is None or id(p.param) in params)
+        ]
+        if self._pipeline.ranks == 1 and not (self.batches.entered or self.batches.pending or self.gauges.dirty):
+            for gauge in gauges:  # a step without a batch, of which nothing is asked
+                taken.names.add(gauge.name)
+                gauge.discard()
+                gauge.held.release(accumulation.count)
+            return
         if not taken.names:
             if self._pipeline.ranks > 1:  # the packet's size is that of what trains, whoever entered a batch
                 self._refresh(between_steps=False)
@@ -163,11 +175,6 @@ class Steps:
         if not self.gauges.host:
             taken.strays += [p.stray.grad for p in self.gauges.strays() if p.stray.grad is not None]
         read = self._pipeline.ranks > 1 or accumulation.checking
-        gauges = [
-            p
-            for name, p in self.gauges.gauges.items()
-            if name not in taken.names and (params is None or id(p.param) in params)
-        ]
         for gauge in gauges:
             taken.take(gauge, gauge.name not in self.gauges.left_out.reasons, read)
             gauge.held.release(accumulation.count)
@@ -230,14 +237,17 @@ class Steps:
         passed, entered = list(self.batches.passed), self.batches.entered > 0
         self.batches.passed.clear()
         self.batches.entered = 0
-        if not entered:
+        if entered:
+            self.silence.batch()
+        else:
             self.silence.no_batch(entered=False)
-            return
-        self.silence.batch()
-        self.count += 1
+            if self._pipeline.ranks == 1:
+                return
+        self.count += 1  # also on a rank without a batch: all measure the same steps
         self.schedule.close(self.count, measured=False)
         for batch in passed:
-            if batch.trained and batch.task_losses is not None:
+            trained = batch.trained or batch is self.batches.open  # that the step was taken in
+            if trained and batch.task_losses is not None and not batch.awaited:
                 self.carried.add(batch.task_losses, batch.mass)
 
     def _collected_step(self) -> Step | None:
@@ -290,7 +300,7 @@ class Steps:
     def _no_step(self, reason: str) -> None:
         report = self.nothing(reason)
         self.mail.put(report)
-        self.silence.hear(report)
+        self.silence.no_step(report)
 
     def nothing(self, reason: str) -> StepReport:
         """The report of no step."""

@@ -170,11 +170,12 @@ class TaskGradTracker:
     def _enter(self, batch: Batch) -> None:
         if self._batches.open is not None:
             raise RuntimeError("tracker.batch() is open already; leave it before the next batch begins")
-        measured = self._steps.measures(batch.ids)
-        if measured:
-            if self._hooks is not None:
-                self._hooks.stay_last()
-            with torch.inference_mode(False):  # what training writes later, also where this is an evaluation
+        trains = torch.is_grad_enabled()
+        with torch.inference_mode(False):  # what training writes later, also where this is an evaluation
+            measured = self._steps.measures(batch.ids, trains)
+            if measured:
+                if self._hooks is not None:
+                    self._hooks.stay_last()
                 self._steps.begin()
         self._batches.enter(batch, measured)
         self._with_gradients = self._without_gradients = False
@@ -192,7 +193,9 @@ class TaskGradTracker:
         evaluation = not batch.graded or (self._without_gradients and not self._with_gradients)
         if failed or not evaluation or (measured and batch.task_rows.backward):
             self._count(batch)
-        elif batch.graded and not measured:
+            return
+        self._steps.schedule.take_back()
+        if batch.graded and not measured:
             self._doubtful = batch
             self._root.put()
 
