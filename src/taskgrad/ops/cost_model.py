@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from .triton import from_shared_memory
+from .tensor_cores import from_shared_memory
 from .wgrad_sketch import PANEL_BYTES
 
 Strategy = Literal["fused", "ghost"]

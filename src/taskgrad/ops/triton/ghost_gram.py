@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ghost_gram import segment_of_rows
-from . import from_shared_memory
+from ..tensor_cores import from_shared_memory
 
 
 class Tile(NamedTuple):

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import from_shared_memory
+from ..tensor_cores import from_shared_memory
 
 
 class Tile(NamedTuple):
