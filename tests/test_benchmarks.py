@@ -98,6 +98,7 @@ def test_calls_choose_cases_that_exist_and_measure_all_of_the_grid() -> None:
     assert chosen("gpt2-32k", plans) == {"GPT-2 32k"} and chosen("1b", plans) == {"1B stack 8k"}
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_ended_and_its_lines_are_kept(tmp_path: Path) -> None:
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     hangs = gpu.Part("hangs", None, 5, ("-c", f"print('begun'); {child}"))

@@ -28,6 +28,9 @@ TINY = Setting(40, 16, 1, 8, 6, 2)
 THREE = Setting(40, 32, 1, 8, 6, 3)  # parts of 3, 3 and 2 examples
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("step")
