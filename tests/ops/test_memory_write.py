@@ -183,3 +183,11 @@ def test_cuda(shape, dtype, left_out):
     torch.testing.assert_close(results[0][0].cpu(), predicted, rtol=1e-11, atol=1e-9)
     for name, x in zip(WRITTEN, results[0][1:], strict=True):
         torch.testing.assert_close(x.cpu(), right[name], rtol=1e-6, atol=1e-7)
+
+
+def test_an_empty_tensor_does_not_overlap_itself_whatever_its_strides() -> None:
+    empty = torch.zeros(0, 1, dtype=torch.float64).expand(0, 5)
+    vector, none = torch.zeros(5, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+    ema, gradient, seen = torch.zeros(0, 5), torch.zeros(1, 5), torch.zeros(0, dtype=torch.bool)
+    found = memory_write(ema, empty, empty, gradient, none, seen, None, vector, vector, none[:, None], 0.9)
+    assert found.shape == (0,)

@@ -95,6 +95,8 @@ def _check_write(
 
 def _overlaps(x: Tensor) -> bool:
     """Whether two elements of a matrix share their place in memory (or look as if they might)."""
+    if x.numel() == 0:
+        return False
     extents = sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1)
     reach = 1  # of what was looked at so far, from its first element to behind its last
     for stride, size in extents:
