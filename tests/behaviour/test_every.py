@@ -398,7 +398,7 @@ def test_an_optimizer_that_took_the_place_of_the_tracked_one_is_told_between_too
     loop = Loop(every=2)
     loop.step()
     loop.optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.1)
-    with pytest.warns(UserWarning, match="the last 10 reports have no numbers"):
+    with pytest.warns(UserWarning, match="no step closed in the last 10 batches"):
         for _ in range(13):
             loop.step()
 
@@ -498,3 +498,24 @@ def test_what_was_given_up_does_not_decide_either() -> None:
     assert loop.tracker._steps.schedule.unmeasured.tolist() == [2, 1, 2]
     report = loop.step(rare)
     assert report is not None and report.step == 5
+
+
+def test_two_forwards_before_their_backward_passes_are_not_given_up() -> None:
+    loop, plain = Loop(every=20), Loop(every=20)
+    assert loop.tracker is not None
+    for _ in range(21):
+        plain.step(passes=2)
+        losses = []
+        for part in range(2):
+            with loop.tracker.batch(IDS) as b:
+                losses.append(loop.forward(part=part))
+                b.losses(losses[-1])
+        for part in losses:
+            (part.mean() / 2).backward()
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+        loop.number += 1
+    a, b_ = plain.tracker.report(), loop.tracker.report()  # type: ignore[union-attr]
+    assert a.step == b_.step == 21
+    torch.testing.assert_close(a.loss, b_.loss)
+    torch.testing.assert_close(a.gram, b_.gram)

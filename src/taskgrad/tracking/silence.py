@@ -18,6 +18,7 @@ class Silence:
         self._steps = 0
         self._reports = 0
         self._without_tasks = 0
+        self._given_up = 0
 
     def batch(self) -> None:
         """A step with a tracked batch."""
@@ -42,6 +43,20 @@ class Silence:
             "`with tracker.batch(ids):`; if the loader drops the column of task ids, keep it (transformers' Trainer: "
             "remove_unused_columns=False)",
         )
+
+    def given_up(self) -> None:
+        """A step between two that are measured did not come: its gradients were zeroed before."""
+        self._given_up += 1
+        if self._given_up == WITHOUT_NUMBERS:
+            self._say(
+                "given up",
+                f"no step closed in the last {WITHOUT_NUMBERS} batches, and their gradients are gone: they were skipped, "
+                "or another optimizer steps than the one that track() was given",
+            )
+
+    def closed(self) -> None:
+        """A step between closed."""
+        self._given_up = 0
 
     def misfit(self, shape: tuple[int, ...], said: str) -> None:
         """Ids that fitted no layer."""

@@ -135,10 +135,11 @@ class Steps:
     def abandon_if_vanished(self) -> None:
         """Gradients were zeroed before a step: it will not come."""
         if not self._measured:
-            if any(b.trained for b in self.batches.passed) and self.gauges.vanished():
+            # what is awaited may be a forward whose backward pass comes after the next one's
+            if any(b.trained and not b.awaited for b in self.batches.passed) and self.gauges.vanished():
                 self.batches.passed.clear()
                 self.schedule.begin_anew()
-                self.silence.no_step(self.nothing(REASONS["vanished"]))
+                self.silence.given_up()
             return
         ran = [b for b in self.batches.pending if b.task_rows.backward]
         self.gauges.accumulation.settle()
@@ -237,6 +238,7 @@ class Steps:
         passed, entered = list(self.batches.passed), self.batches.entered > 0
         self.batches.passed.clear()
         self.batches.entered = 0
+        self.silence.closed()
         if entered:
             self.silence.batch()
         else:
