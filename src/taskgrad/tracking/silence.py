@@ -50,7 +50,7 @@ class Silence:
         if self._given_up == WITHOUT_NUMBERS:
             self._say(
                 "given up",
-                f"no step closed in the last {WITHOUT_NUMBERS} batches, and their gradients are gone: they were skipped, "
+                f"no step closed in the last {WITHOUT_NUMBERS} batches, and their gradients are gone: skipped, "
                 "or another optimizer steps than the one that track() was given",
             )
 
